@@ -46,7 +46,7 @@ test-system: $(READY) ## run the tests on the PostgreSQL that is installed on th
 test-docker: $(READY) ## run the tests in a container: needs a Docker engine, which DOCKER_HOST can name
 	@TIGER_DB_TEST_URL=docker $(PYTEST) $(ARGS)
 
-test-slow: $(READY) ## run the slow tests, which take half a second or more each
+test-slow: $(READY) ## run the slow tests, which take a quarter of a second or more each
 	@$(PYTEST) -m slow $(ARGS)
 
 test-settings: $(READY) ## run the tests as other users, with other Pythons and other PostgreSQLs (an hour)

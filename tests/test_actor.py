@@ -289,6 +289,7 @@ async def test_every_event_that_is_written_in_a_session_has_its_actor(
     assert [who(event) for event in events] == [is_alice(event) for event in events]
 
 
+@pytest.mark.slow
 async def test_events_of_services_have_the_actor(clone: Database) -> None:
     """KeyVerifier, the export of an account, and the rotation of encryption keys open sessions."""
     with acting_as(ALICE):

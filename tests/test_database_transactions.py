@@ -226,7 +226,8 @@ async def test_a_transaction_is_not_repeated_after_a_loss_during_the_commit(
     assert len(pids) == 1
 
 
-@pytest.mark.parametrize("blocked", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("blocked", [False, True])
 async def test_an_idle_transaction_is_ended_with_a_typed_error(
     clone: Database, *, blocked: bool
 ) -> None:

@@ -253,6 +253,7 @@ async def test_missing_partitions_are_reported(
     assert result.seen == f"future months with an audit partition: {dropped - 1}"
 
 
+@pytest.mark.slow
 async def test_an_invalid_index_is_reported(clone: Database, clone_settings: Settings) -> None:
     async with clone.session() as session:
         await factories.account(session)
@@ -418,6 +419,7 @@ async def test_an_account_with_a_url_that_was_changed_by_sql_is_named(
     assert str(result.advice).startswith("undo changes of account_number, environment, server_url")
 
 
+@pytest.mark.slow
 async def test_ciphertexts_of_version_1_and_keys_without_mark_are_reported(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -584,6 +586,7 @@ async def test_an_unreachable_server_is_reported() -> None:
     assert "hunter2" not in str(result)
 
 
+@pytest.mark.slow
 async def test_a_sealer_without_memory_is_reported(
     clone_settings: Settings, tmp_path: Path
 ) -> None:

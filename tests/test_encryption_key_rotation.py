@@ -141,6 +141,7 @@ async def test_a_dry_run_reads_everything_and_writes_nothing(using: Using) -> No
             assert await factories.everything(session) == before
 
 
+@pytest.mark.slow
 async def test_a_key_removed_too_early_costs_only_its_rows_until_it_is_back(using: Using) -> None:
     async with using(K3) as other:
         (needy,) = await store(other, account_number="U12300123")

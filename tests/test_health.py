@@ -68,6 +68,7 @@ async def test_a_healthy_database_has_no_problem(clone_settings: Settings) -> No
     assert json.loads(json.dumps(asdict(report))) == asdict(report)
 
 
+@pytest.mark.slow
 async def test_rows_are_estimates_over_all_partitions(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -301,6 +302,7 @@ async def test_a_missing_database_is_reported(clone_settings: Settings) -> None:
     assert "does not exist: run `tiger-db init`" in only_problem(await check_readiness(settings))
 
 
+@pytest.mark.slow
 async def test_missing_or_malformed_peppers_are_reported(clone_settings: Settings) -> None:
     unset = clone_settings.model_copy(update={"api_key_peppers": None})
     problem = only_problem(await check_readiness(unset))

@@ -58,6 +58,7 @@ def later():
     )
 
 
+@pytest.mark.slow
 def test_each_part_is_in_one_layer() -> None:
     assert sorted(chain(*LAYERS)) == sorted(parts())
 

@@ -64,6 +64,7 @@ async def run(*commands: list[str], **env: str) -> list[tuple[int, str, str]]:
     return [(code, out, err) for code, out, err in json.loads(out)]
 
 
+@pytest.mark.slow
 async def test_the_command_line_works_without_posix(clone_settings: Settings) -> None:
     async with over_tcp(clone_settings) as env:
         shown, listed, embedded = await run(

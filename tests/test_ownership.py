@@ -120,6 +120,7 @@ async def test_another_event_loop_is_refused(clone: Database, call: Call) -> Non
     assert await read(clone) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 async def test_a_forked_process_is_refused(clone: Database, call: Call) -> None:
     await read(clone)
@@ -160,6 +161,7 @@ async def test_a_forked_process_does_not_disturb_its_parent(clone: Database) -> 
     assert await read(clone) == 1
 
 
+@pytest.mark.slow
 async def test_a_closed_database_belongs_to_nobody(clone_settings: Settings) -> None:
     database = Database(clone_settings)
 
@@ -186,6 +188,7 @@ async def test_another_event_loop_cannot_close_a_database(clone: Database) -> No
     assert await read(clone) == 0
 
 
+@pytest.mark.slow
 async def test_each_process_and_loop_has_its_default_database(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import inspect
 import os
 import ssl
 import struct
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -486,12 +487,19 @@ async def test_any_password_opens_a_real_server(guarded: str, password: str) -> 
     assert await user_of(by_parts) == await user_of(by_url) == ROLE
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for a socket: the path of one has 104 bytes on macOS."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("form", ["DB_HOST", "the URL's query", "the URL's host"])
 async def test_a_real_socket_folder_may_have_any_name(
-    guarded: str, tmp_path: Path, form: str
+    guarded: str, short_folder: Path, form: str
 ) -> None:
     folder, port = folder_of(guarded)
-    odd = tmp_path / "a b%20&c=d?é"
+    odd = short_folder / "a b%20&c=d?é"
     odd.mkdir()
     (odd / f".s.PGSQL.{port}").symlink_to(Path(folder, f".s.PGSQL.{port}"))
     await set_password(guarded, "right")

@@ -243,6 +243,7 @@ USES: list[Callable[[Database], Awaitable[object]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 async def test_a_missing_privilege_is_a_message_of_one_line(nobody: Database) -> None:
     for use in USES:
         with pytest.raises(StatementRefused, match=r"^permission denied for \w+ \w+$"):

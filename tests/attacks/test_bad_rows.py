@@ -284,6 +284,7 @@ def test_each_column_for_times_and_json_has_a_constraint(entity: Any) -> None:
             assert names & {f"ck_{table.name}_{column.name}{end}" for end in READABLE_SUFFIXES}
 
 
+@pytest.mark.slow
 async def test_doctor_names_bad_rows(clone_settings: Settings) -> None:
     async def outcome() -> doctor.CheckResult:
         results = await doctor.run(clone_settings)

@@ -308,6 +308,7 @@ async def test_a_refresh_ends_although_the_url_was_changed_meanwhile(clone: Data
     assert values_of(found)["access_token"] == NEW_TOKEN
 
 
+@pytest.mark.slow
 async def test_a_rotation_binds_old_ciphertexts_and_the_mark_refuses_them(
     unmarked: Database, clone_settings: Settings
 ) -> None:

@@ -102,6 +102,7 @@ async def test_each_address_has_its_own_events(clone: Database) -> None:
     assert found == expected
 
 
+@pytest.mark.slow
 async def test_an_attacker_with_many_addresses_is_one_group(clone: Database) -> None:
     verifier = KeyVerifier(clone)
     for number in range(20):  # addresses of one IPv6 network

@@ -38,6 +38,7 @@ async def wipe(owner: Connection) -> None:
     )
 
 
+@pytest.mark.slow
 async def test_each_trail_has_an_origin_of_its_own(database: Database, owner: Connection) -> None:
     origins = set()
     for _ in range(3):
@@ -52,6 +53,7 @@ async def test_each_trail_has_an_origin_of_its_own(database: Database, owner: Co
     assert None not in origins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("longer", [False, True])
 async def test_a_foreign_trail_in_place_of_the_true_one_is_found(
     database: Database, owner: Connection, longer: bool
@@ -68,6 +70,7 @@ async def test_a_foreign_trail_in_place_of_the_true_one_is_found(
     assert found.message == "seal 1 belongs to another audit trail than the checkpoint"
 
 
+@pytest.mark.slow
 async def test_a_seal_of_another_trail_is_found_in_the_chain(
     database: Database, owner: Connection
 ) -> None:
@@ -92,6 +95,7 @@ async def test_a_seal_of_another_trail_is_found_in_the_chain(
     assert (await audit.verify(database)).sound
 
 
+@pytest.mark.slow
 async def test_seals_of_the_old_form_stay_verifiable(database: Database, owner: Connection) -> None:
     """The first seal of the new form continues the chain, and begins with the origin."""
     await seal(database, 3)

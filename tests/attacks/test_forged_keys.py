@@ -147,6 +147,7 @@ async def test_an_inserted_key_is_refused(
             await use(raw_key)
 
 
+@pytest.mark.slow
 async def test_an_extended_key_is_refused(clone: Database, execute: Execute, use: Use) -> None:
     for column, value in CHANGES.items():
         key, raw_key = await limited_key(clone)
@@ -304,6 +305,7 @@ async def test_the_caller_cannot_tell_a_forged_row_from_an_unknown_key(
     assert all(each == told[0] for each in told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", ONE_PATH_AND_SLOW_OTHERS, indirect=True)
 async def test_the_denial_of_a_forged_row_is_recorded_once_an_hour(
     clone: Database, execute: Execute, use: Use
@@ -430,6 +432,7 @@ async def test_a_forged_row_can_be_revoked_deactivated_and_deleted(
         await execute("DELETE FROM api_keys")
 
 
+@pytest.mark.slow
 async def test_the_new_hash_of_a_used_key_covers_no_later_change(clone: Database) -> None:
     """The attacker changes the row between the check of a key and the replacement of its hash."""
     _, raw_key = await make_key(clone)

@@ -82,6 +82,7 @@ async def deletions(database: Database) -> list[int | None]:
     return [one.position for one in found.findings if one.kind == FindingKind.DELETED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, -1, -7, -(2**62)])
 async def test_a_retirement_before_the_chain_excuses_nothing(
     database: Database, owner: Connection, key: Ed25519PrivateKey, number: int
@@ -97,6 +98,7 @@ async def test_a_retirement_before_the_chain_excuses_nothing(
     assert FindingKind.FORGED in {one.kind for one in findings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "number"), [(2, 7), (7, 7), (7, 2), (-1, 2)])
 async def test_a_retirement_elsewhere_than_in_its_place_excuses_nothing(
     database: Database, owner: Connection, key: Ed25519PrivateKey, row: int, number: int
@@ -114,6 +116,7 @@ async def test_a_retirement_elsewhere_than_in_its_place_excuses_nothing(
     assert await deletions(database) == [*DELETED]
 
 
+@pytest.mark.slow
 async def test_a_retirement_of_another_chain_excuses_nothing(
     database: Database, owner: Connection, key: Ed25519PrivateKey
 ) -> None:
@@ -134,6 +137,7 @@ async def test_a_retirement_signed_with_another_key_excuses_nothing(
     assert await deletions(database) == [*DELETED]
 
 
+@pytest.mark.slow
 async def test_the_true_retirement_excuses_its_events(
     database: Database, owner: Connection, key: Ed25519PrivateKey
 ) -> None:

@@ -61,6 +61,7 @@ async def log(database: Database, count: int) -> None:
         await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(count)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", SWITCHES)
 async def test_weakened_protection_is_a_finding_and_sealing_goes_on(
     database: Database, owner: Connection, switch: str
@@ -111,6 +112,7 @@ async def reader(database: Database, owner: Connection) -> AsyncIterator[Databas
     await owner.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 async def test_row_security_hides_nothing_silently(
     reader: Database, owner: Connection, use: Callable[[Database], Awaitable[None]]

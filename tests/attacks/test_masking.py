@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from sqlalchemy import text
 
 from tests.support.secrets_in_text import NAMED_SECRETS, ORDINARY_TEXTS, VENDOR_SECRETS
@@ -27,6 +28,7 @@ def event_of(told: str) -> AuditLog:
     )
 
 
+@pytest.mark.slow
 async def test_the_trail_contains_no_secret(session: AsyncSession) -> None:
     for told, secret in [
         *((f"before {told} after", "hunter2") for told in NAMED_SECRETS),

@@ -194,6 +194,7 @@ async def test_a_sealer_with_memory_refuses_another_past(
     assert not (await audit.verify(database)).sound
 
 
+@pytest.mark.slow
 async def test_a_sealer_with_memory_refuses_seals_made_again(
     database: Database, forgetful: Database, owner: Connection
 ) -> None:
@@ -208,6 +209,7 @@ async def test_a_sealer_with_memory_refuses_seals_made_again(
     assert [one.kind for one in found] == [FindingKind.CHECKPOINT]
 
 
+@pytest.mark.slow
 async def test_maintenance_refuses_forged_heads(
     forgetful: Database, without_folder: Settings, owner: Connection
 ) -> None:
@@ -230,6 +232,7 @@ async def test_maintenance_refuses_forged_heads(
 # Memory
 
 
+@pytest.mark.slow
 async def test_the_first_use_of_the_folder_verifies_the_whole_chain(
     forgetful: Database, database: Database, folder: Path, owner: Connection
 ) -> None:
@@ -244,6 +247,7 @@ async def test_the_first_use_of_the_folder_verifies_the_whole_chain(
     assert saved(folder) == 0
 
 
+@pytest.mark.slow
 async def test_a_checkpoint_is_saved_after_the_seals_of_others_were_verified(
     database: Database, forgetful: Database, folder: Path, owner: Connection
 ) -> None:
@@ -261,6 +265,7 @@ async def test_a_checkpoint_is_saved_after_the_seals_of_others_were_verified(
     assert (await audit.verify(database)).sound
 
 
+@pytest.mark.slow
 async def test_a_checkpoint_is_written_once_and_never_replaced(
     database: Database, folder: Path
 ) -> None:
@@ -314,6 +319,7 @@ async def test_a_missing_folder_is_named(database: Database, folder: Path) -> No
             await use(database)
 
 
+@pytest.mark.slow
 async def test_verification_uses_the_folder(
     database: Database, forgetful: Database, owner: Connection, folder: Path, tmp_path: Path
 ) -> None:
@@ -349,6 +355,7 @@ async def test_a_clock_that_is_apart_seals_nothing(
     await assert_refuses(database, owner, "nothing is sealed until both clocks are correct")
 
 
+@pytest.mark.slow
 async def test_a_sequence_behind_the_seals_is_noticed_and_repaired(
     database: Database, owner: Connection
 ) -> None:
@@ -403,6 +410,7 @@ async def lock_seals(owner: Connection) -> None:
     await owner.execute("LOCK TABLE audit_seals IN ACCESS EXCLUSIVE MODE")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lock", [lock_the_sealer, lock_events, lock_seals])
 async def test_locks_are_waited_for_no_longer_than_patience(
     database: Database, owner: Connection, lock: Callable[[Connection], Awaitable[None]]
@@ -456,6 +464,7 @@ async def test_a_killed_sealer_leaves_no_waiting_backend(
     await transaction.rollback()
 
 
+@pytest.mark.slow
 async def test_maintenance_names_who_holds_the_lock(
     database: Database, owner: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,6 +495,7 @@ async def head(database: Database) -> Seal:
     return audit.read_checkpoint(await audit.export_checkpoint(database))
 
 
+@pytest.mark.slow
 async def test_a_changed_signing_key_verifies_from_one_public_key(
     database: Database, with_folder: Settings, new_key: Ed25519PrivateKey, owner: Connection
 ) -> None:
@@ -513,6 +523,7 @@ async def test_a_changed_signing_key_verifies_from_one_public_key(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps", ["old", "new", "both"])
 async def test_a_seal_by_a_key_that_is_not_in_force_is_forged(
     database: Database,
@@ -538,6 +549,7 @@ async def test_a_seal_by_a_key_that_is_not_in_force_is_forged(
         await assert_refuses(changed, owner, "seal 6: none of the given public keys has signed")
 
 
+@pytest.mark.slow
 async def test_a_key_is_not_introduced_by_a_seal_of_another_key(
     database: Database, forgetful: Database, owner: Connection, new_key: Ed25519PrivateKey
 ) -> None:
@@ -553,6 +565,7 @@ async def test_a_key_is_not_introduced_by_a_seal_of_another_key(
         await assert_refuses(one, owner, "seal 4: none of the given public keys has signed")
 
 
+@pytest.mark.slow
 async def test_concurrent_sealers_share_a_folder(database: Database, with_folder: Settings) -> None:
     async with Database(with_folder) as other:
         await log(database, 20)

@@ -193,6 +193,7 @@ async def test_the_eviction_of_many_keys_does_not_stop_the_event_loop(
     assert max(waits) < LONGEST_STALL_SECONDS
 
 
+@pytest.mark.slow
 async def test_no_notification_is_lost_in_a_storm(clone: Database) -> None:
     """Each notification takes effect in the call that handles it, before any other task runs."""
     accounts = [uuid4() for _ in range(100)]

@@ -205,6 +205,7 @@ async def test_sessions_change_no_event(
         assert await stored(connection) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TIMES)
 async def test_an_event_inserted_into_a_partition_has_a_position(
     sealed: Database, kind: str

@@ -37,6 +37,7 @@ FROM generate_series(1, $1) AS n
 JSON = ("details", "old_values", "new_values", "tags")
 
 
+@pytest.mark.slow
 async def test_an_export_has_the_seals_and_events_of_the_database(
     trail: Trail, lines: list[str]
 ) -> None:
@@ -58,6 +59,7 @@ async def test_an_export_has_the_seals_and_events_of_the_database(
     assert [*by_id] == [None]
 
 
+@pytest.mark.slow
 async def test_filters_select_events(trail: Trail) -> None:
     """An export with filters has the matching events, oldest first, without seals."""
     told: list[int] = []
@@ -96,6 +98,7 @@ def test_wrong_arguments_are_refused_at_the_call(database: Database, function: A
             function(database, **keywords)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"since": datetime(2020, 1, 1, tzinfo=UTC)}])
 async def test_csv_has_the_values_of_json_lines(trail: Trail, options: dict[str, Any]) -> None:
     written = await exported(trail.database, **options)
@@ -113,6 +116,7 @@ async def test_csv_has_the_values_of_json_lines(trail: Trail, options: dict[str,
     assert {*FIELDS} <= {name for event in events for name in event}
 
 
+@pytest.mark.slow
 async def test_a_csv_can_begin_with_a_byte_order_mark(trail: Trail, tmp_path: Path) -> None:
     plain = await exported(trail.database, form="csv")
     marked = await exported(trail.database, form="csv", byte_order_mark=True)
@@ -156,6 +160,7 @@ async def test_numbers_keep_all_digits(signing: Database, superuser: Connection)
 # However many there are, and while more come.
 
 
+@pytest.mark.slow
 async def test_an_export_is_a_snapshot(trail: Trail, key: Ed25519PublicKey, tmp_path: Path) -> None:
     every: list[dict[str, Any]] = [{}, {"since": datetime(2020, 1, 1, tzinfo=UTC)}]
     for options in every:

@@ -50,6 +50,7 @@ def test_the_program_is_short_and_needs_only_cryptography() -> None:
     assert imported - sys.stdlib_module_names == {"cryptography"}
 
 
+@pytest.mark.slow
 async def test_a_sound_export_is_sound(
     trail: Trail, lines: list[str], key: Ed25519PublicKey, tmp_path: Path
 ) -> None:
@@ -59,6 +60,7 @@ async def test_a_sound_export_is_sound(
     assert run(lines, public_text(key), tmp_path, checkpoint) == expected
 
 
+@pytest.mark.slow
 async def test_a_changed_signing_key_is_followed(
     trail: Trail, key: Ed25519PublicKey, tmp_path: Path
 ) -> None:

@@ -180,6 +180,7 @@ class Writers:
 # Months ahead, and strays
 
 
+@pytest.mark.slow
 async def test_missing_months_are_created(database: Database, other: Connection) -> None:
     before = await partitions(other)
     for ahead in (1, 5, MONTHS_AHEAD):
@@ -335,6 +336,7 @@ async def test_health_has_no_problem_after_a_retirement(
     assert (report.problems, report.audit_months_ahead) == ([], MONTHS_AHEAD)
 
 
+@pytest.mark.slow
 async def test_an_empty_month_is_retired_without_a_seal(
     database: Database, keeper: Database, other: Connection
 ) -> None:
@@ -394,6 +396,7 @@ async def late(connection: Connection) -> str:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", [unsealed, changed, put_there, late])
 async def test_a_month_that_cannot_be_retired_keeps_later_months(
     database: Database,
@@ -418,6 +421,7 @@ async def missing(connection: Connection, which: str) -> str:
     return f"the event at position {position} is missing: run `tiger-db verify-audit`"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["min", "max"])
 async def test_no_month_is_retired_from_which_an_event_is_missing(
     database: Database, keeper: Database, other: Connection, which: str
@@ -430,6 +434,7 @@ async def test_no_month_is_retired_from_which_an_event_is_missing(
     assert found.kind == FindingKind.DELETED
 
 
+@pytest.mark.slow
 async def test_no_month_is_retired_without_a_key(
     clone_settings: Settings, database: Database, other: Connection
 ) -> None:
@@ -441,6 +446,7 @@ async def test_no_month_is_retired_without_a_key(
     await assert_clean(database, rows=15, retired=0)
 
 
+@pytest.mark.slow
 async def test_no_month_is_retired_with_another_key(
     database: Database, keeping: Settings, other: Connection
 ) -> None:

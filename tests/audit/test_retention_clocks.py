@@ -17,6 +17,7 @@ from tiger_db.signing import generate_signing_key
 FORGED = "now() RETURNS timestamptz LANGUAGE sql AS $$ SELECT pg_catalog.now() + '10 years' $$"
 
 
+@pytest.mark.slow
 async def test_a_now_in_another_schema_retires_nothing(clone_settings: Settings) -> None:
     """The attack A1: a role's search path that leads to a forged clock."""
     settings = clone_settings.model_copy(
@@ -105,6 +106,7 @@ async def test_a_machine_with_a_wrong_clock_retires_nothing(
         assert await audit.maintain(database) == audit.Maintenance()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retention", [0, -3])
 async def test_the_current_month_and_later_ones_never_leave(
     clone_settings: Settings, retention: int

@@ -86,6 +86,7 @@ any_payload = st.builds(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(payload=any_payload, digests=st.lists(any_digest, max_size=3).map(b"".join))
 def test_a_seal_is_read_as_it_was_written(payload: SealPayload, digests: bytes) -> None:
     key = parse_signing_key(generate_signing_key())

@@ -295,6 +295,7 @@ async def test_an_open_transaction_is_waited_for(sealed: Database, other: Connec
     await late.close()
 
 
+@pytest.mark.slow
 async def test_a_position_assigned_earlier_is_not_skipped(
     sealed: Database, other: Connection
 ) -> None:
@@ -324,6 +325,7 @@ async def test_a_position_assigned_earlier_is_not_skipped(
         await connection.close()
 
 
+@pytest.mark.slow
 async def test_readers_and_rolled_back_writers_are_not_waited_for(
     sealed: Database, other: Connection
 ) -> None:
@@ -502,6 +504,7 @@ async def assert_each_change_is_found(database: Database, connection: Connection
     await assert_sealed_once(database, connection)
 
 
+@pytest.mark.slow
 async def test_a_time_is_sealed_to_its_last_digit(sealed: Database, other: Connection) -> None:
     await other.execute("SET TIME ZONE 'Asia/Kathmandu'")
     for fraction in FRACTIONS:

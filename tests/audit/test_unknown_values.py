@@ -98,6 +98,7 @@ async def test_a_raw_row_with_unknown_values_is_hydrated(
     assert [type(value) for value in known] == [AuditAction, AuditResult, AuditSeverity]
 
 
+@pytest.mark.slow
 async def test_an_event_with_unknown_values_is_followed(
     signing: Database, newer: Connection
 ) -> None:

@@ -571,12 +571,14 @@ async def test_any_forged_payload_is_a_finding(trail: Trail) -> None:
                 assert_found(verification, expected, f"{name}: {value}")
 
 
+@pytest.mark.slow
 async def test_a_checkpoint_signed_with_another_key_is_a_finding(trail: Trail) -> None:
     forged = make_seal(Ed25519PrivateKey.generate(), trail.payloads[-1], b"")
     (found,) = (await audit.verify(trail.database, checkpoint=forged)).findings
     assert found.kind == FindingKind.CHECKPOINT
 
 
+@pytest.mark.slow
 async def test_a_checkpoint_does_not_cover_later_seals(trail: Trail) -> None:
     """An old checkpoint stands for what was sealed before it."""
     earlier = await kept(trail, 3)
@@ -623,6 +625,7 @@ CAPTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", CAPTURES)
 async def test_objects_of_the_schema_cannot_change_what_is_verified(
     signing: Database, superuser: Connection, capture: str

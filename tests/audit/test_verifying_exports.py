@@ -32,6 +32,7 @@ Way: TypeAlias = Callable[
 ]  # changes the lines; what is to be found
 
 
+@pytest.mark.slow
 async def test_an_export_is_verified_without_a_database(
     trail: Trail, lines: list[str], key: Ed25519PublicKey, tmp_path: Path
 ) -> None:
@@ -176,6 +177,7 @@ async def test_every_tampering_with_a_file_is_found_and_named(
             assert (await audit.verify_export(file, keys=[key])).sound
 
 
+@pytest.mark.slow
 async def test_a_file_without_seals_proves_nothing(
     trail: Trail, lines: list[str], key: Ed25519PublicKey, tmp_path: Path
 ) -> None:
@@ -188,6 +190,7 @@ async def test_a_file_without_seals_proves_nothing(
         assert found.findings[-1].kind == FindingKind.TRUNCATED
 
 
+@pytest.mark.slow
 async def test_crlf_line_ends_are_accepted(
     lines: list[str], key: Ed25519PublicKey, tmp_path: Path
 ) -> None:
@@ -216,6 +219,7 @@ async def test_a_file_cut_within_a_line_is_found_or_refused(
             assert found.findings[0].position == [*trail.ids][-1]
 
 
+@pytest.mark.slow
 async def test_a_rewritten_trail_does_not_match_the_checkpoint(
     trail: Trail, key: Ed25519PublicKey, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ def key_file(pem: str, tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_an_account_is_created_with_all_options(
     cli: CommandLine, key_file: str, pem: str, tmp_path: Path
 ) -> None:
@@ -95,6 +96,7 @@ def test_production_refuses_a_key_that_is_not_rsa(cli: CommandLine, key_file: st
     assert "refuse" not in created.err
 
 
+@pytest.mark.slow
 def test_a_secret_is_read_from_standard_input(cli: CommandLine, pem: str) -> None:
     for number, option in (("U1", "--private-key"), ("U2", "--private-key-file")):
         result = create(cli, number, option, "-", stdin=pem)
@@ -223,6 +225,7 @@ def test_an_account_is_found_by_each_spelling_of_its_number(cli: CommandLine) ->
     assert (result.code, "already exists" in result.err) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_short_rsa_key_is_refused(cli: CommandLine) -> None:
     short = short_pem()
     options = ("create-account", *REQUIRED, "--account-number", NUMBER, "--private-key-file", "-")
@@ -280,6 +283,7 @@ def test_accounts_are_listed_in_pages(cli: CommandLine) -> None:
     assert f"--after {first['next_cursor']}" in hint
 
 
+@pytest.mark.slow
 def test_accounts_are_filtered(cli: CommandLine) -> None:
     create(cli, "1111111")
     create(cli, PAPER, "--environment", "SANDBOX")
@@ -315,6 +319,7 @@ def test_accounts_are_filtered_by_several_values(cli: CommandLine) -> None:
     assert "--license" in cli.misused("list-accounts", "--license", "TBXX")
 
 
+@pytest.mark.slow
 def test_accounts_are_counted(cli: CommandLine) -> None:
     create(cli)
     create(cli, PAPER, "--environment", "SANDBOX")
@@ -324,6 +329,7 @@ def test_accounts_are_counted(cli: CommandLine) -> None:
     assert "expiring tokens" in cli.ok("count-accounts").out
 
 
+@pytest.mark.slow
 def test_the_routing_of_a_request_is_explained(cli: CommandLine) -> None:
     create(cli)
     create(cli, PAPER, "--environment", "SANDBOX")
@@ -346,6 +352,7 @@ def test_malformed_options_of_a_list_are_refused(cli: CommandLine) -> None:
     assert "cursor is not from this list" in cli.fails("list-accounts", "--after", "nonsense")
 
 
+@pytest.mark.slow
 def test_an_account_is_shown_by_number_and_by_id(cli: CommandLine) -> None:
     create(cli)
     shown = cli.ok("show-account", NUMBER, "--json").json
@@ -356,6 +363,7 @@ def test_an_account_is_shown_by_number_and_by_id(cli: CommandLine) -> None:
     assert "no account" in cli.fails("show-account", "01a2090b-d025-77ee-b352-1c8a2d49097f")
 
 
+@pytest.mark.slow
 def test_a_number_of_32_digits_is_not_an_id(cli: CommandLine) -> None:
     number = "10000000000000000000000000000032"
     made = create(cli, number, "--json").json
@@ -365,6 +373,7 @@ def test_a_number_of_32_digits_is_not_an_id(cli: CommandLine) -> None:
     assert "no account" in cli.fails("list-events", "--account", made["id"].replace("-", ""))
 
 
+@pytest.mark.slow
 def test_an_account_is_made_the_default(cli: CommandLine) -> None:
     create(cli, "U1", "--default-trading", "--default-data")
     create(cli, "U2")
@@ -378,6 +387,7 @@ def test_an_account_is_made_the_default(cli: CommandLine) -> None:
     assert "closed" in cli.fails("set-default-account", "U1", "--data")
 
 
+@pytest.mark.slow
 def test_an_account_is_closed(cli: CommandLine) -> None:
     create(cli)
     assert "--yes" in cli.misused("close-account", NUMBER, stdin="y\n")
@@ -408,6 +418,7 @@ def test_a_closed_account_is_deleted(cli: CommandLine) -> None:
     assert "no account" in cli.fails("delete-account", NUMBER, "--yes")
 
 
+@pytest.mark.slow
 def test_a_new_status_has_its_reason_on_record(cli: CommandLine) -> None:
     create(cli)
     cli.ok("set-account-status", NUMBER, "inactive", "--reason", "on holiday")
@@ -487,6 +498,7 @@ def test_the_status_of_an_account_is_set(cli: CommandLine) -> None:
     assert "reopen" in cli.fails("set-account-status", NUMBER, "active")
 
 
+@pytest.mark.slow
 def test_the_errors_of_an_account_are_reset(cli: CommandLine) -> None:
     create(cli)
 

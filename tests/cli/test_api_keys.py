@@ -21,6 +21,7 @@ from tiger_db.encryption import KeyRing
 from tiger_db.settings import Settings
 
 
+@pytest.mark.slow
 def test_a_key_is_created_with_all_options(cli: CommandLine) -> None:
     create_account(cli, "51230321")
     before = datetime.now(UTC)
@@ -50,6 +51,7 @@ def test_a_key_is_created_with_all_options(cli: CommandLine) -> None:
     assert by_id["tiger_account_id"] == account["id"]
 
 
+@pytest.mark.slow
 def test_a_key_is_shown_once(cli: CommandLine) -> None:
     result = cli.ok("create-api-key", "--name", "assistant", "--scopes", "mcp:read")
     key = result.out.splitlines()[-1]
@@ -170,6 +172,7 @@ def test_an_expired_key_is_listed_as_expired(cli: CommandLine) -> None:
     assert " expired " in cli.ok("list-api-keys").out
 
 
+@pytest.mark.slow
 def test_a_key_is_verified(cli: CommandLine, tmp_path: Path) -> None:
     row = create(cli, "--scopes", "trade:write")
     verified = cli.ok("verify-api-key", "-", "--scopes", "trade:read", "--json", stdin=row["key"])
@@ -210,6 +213,7 @@ def test_the_reason_of_a_refusal_is_shown(cli: CommandLine) -> None:
     assert "APIKeyRevoked" in refusal(cli, key, *good)
 
 
+@pytest.mark.slow
 def test_the_time_until_the_end_of_a_limit_is_shown(cli: CommandLine) -> None:
     key = create(cli, "--rate-limit-per-day", "1")["key"]
     cli.ok("verify-api-key", "-", stdin=key)
@@ -274,6 +278,7 @@ def test_a_key_is_revoked_by_prefix_and_by_id(cli: CommandLine) -> None:
     assert "tdb_" not in mistaken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["standard input", "file", "argument"])
 def test_a_leaked_key_is_revoked_by_its_text(cli: CommandLine, tmp_path: Path, how: str) -> None:
     row = create(cli)
@@ -296,6 +301,7 @@ def test_a_leaked_key_is_revoked_by_its_text(cli: CommandLine, tmp_path: Path, h
     assert again.err.endswith(" is revoked already (reason: on GitHub)\n")
 
 
+@pytest.mark.slow
 def test_a_text_that_is_not_a_key_revokes_nothing(cli: CommandLine) -> None:
     row, other = create(cli), create(cli)
     forged = row["key_prefix"] + other["key"].removeprefix(other["key_prefix"])
@@ -372,6 +378,7 @@ def test_expiring_keys_are_listed_and_given_another_expiry(cli: CommandLine) -> 
     assert expiring("--within", "1d") == [soon["id"]]
 
 
+@pytest.mark.slow
 def test_the_pattern_finds_keys_and_a_pepper_is_generated(cli: CommandLine) -> None:
     pattern = cli.ok("print-api-key-pattern").out.strip()
     key = create(cli)["key"]
@@ -549,6 +556,7 @@ def test_the_expiry_of_a_key_is_changed(cli: CommandLine) -> None:
     assert "the API key is revoked" in cli.fails(*options, "--expires-in", "1w")
 
 
+@pytest.mark.slow
 def test_the_fields_of_a_key_are_changed_and_cleared(cli: CommandLine) -> None:
     row = create(
         cli, "--rate-limit-per-hour", "10", "--allowed-ips", "10.0.0.0/8", "--description", "notes",
@@ -583,6 +591,7 @@ def test_the_fields_of_a_key_are_changed_and_cleared(cli: CommandLine) -> None:
     assert cli.ok("list-events", "--json").json["items"] == events
 
 
+@pytest.mark.slow
 def test_an_invalid_change_of_a_key_changes_nothing(cli: CommandLine) -> None:
     row = create(cli, "--allowed-ips", "10.0.0.0/8")
     row.pop("key")
@@ -641,6 +650,7 @@ def test_a_key_is_switched_off_and_on(cli: CommandLine) -> None:
         assert "the API key is revoked" in cli.fails(command, row["id"])
 
 
+@pytest.mark.slow
 def test_a_key_is_deleted_after_a_confirmation(cli: CommandLine) -> None:
     row = create(cli)
     delete = ("delete-api-key", row["key_prefix"], "--reason", "no longer needed")

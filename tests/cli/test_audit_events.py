@@ -123,6 +123,7 @@ def test_events_are_filtered(cli: CommandLine, events: list[AuditLog]) -> None:
     assert [item["action"] for item in items] == ["trade:cancel_order", "api_key:create"]
 
 
+@pytest.mark.slow
 def test_events_are_shown_as_a_table(cli: CommandLine, events: list[AuditLog]) -> None:
     shown = cli.ok("list-events", "--action", "trade", "--action", "data").out
     lines = shown.splitlines()
@@ -135,6 +136,7 @@ def test_events_are_shown_as_a_table(cli: CommandLine, events: list[AuditLog]) -
     assert cli.ok("list-events", "--user", "nobody") == Result(0, "", "no rows found\n")
 
 
+@pytest.mark.slow
 def test_events_are_listed_in_pages(cli: CommandLine, events: list[AuditLog]) -> None:
     seen: list[dict[str, Any]] = []
     after: tuple[str, ...] = ()
@@ -156,6 +158,7 @@ def test_events_are_listed_in_pages(cli: CommandLine, events: list[AuditLog]) ->
     assert "to see the next page, add --after" in counted.err
 
 
+@pytest.mark.slow
 def test_events_of_a_deleted_account_are_listed(
     cli: CommandLine, clone_settings: Settings, events: list[AuditLog]
 ) -> None:

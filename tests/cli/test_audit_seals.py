@@ -42,6 +42,7 @@ def test_a_missing_or_malformed_signing_key_is_an_error(
         assert key not in reason
 
 
+@pytest.mark.slow
 def test_events_are_sealed_and_verified(sealed: CommandLine, clone_settings: Settings) -> None:
     assert sealed.ok("seal-audit") == Result(0, "", "sealed 0 events in 0 seals\n")
     log(clone_settings, {}, {})
@@ -220,6 +221,7 @@ def test_malformed_files_are_refused(
         assert "No such file" in sealed.fails("verify-audit", *arguments)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_requires_a_seal(sealed: CommandLine, clone_settings: Settings) -> None:
     head = sealed.ok("export-checkpoint").out
     file = os.devnull
@@ -232,6 +234,7 @@ def test_a_checkpoint_requires_a_seal(sealed: CommandLine, clone_settings: Setti
     assert "not a checkpoint" in sealed.fails("verify-audit", "--checkpoint", file)
 
 
+@pytest.mark.slow
 def test_the_sealer_says_what_it_verified_repaired_and_refused(
     sealed: CommandLine, clone_settings: Settings, tmp_path: Path
 ) -> None:
@@ -252,6 +255,7 @@ def test_the_sealer_says_what_it_verified_repaired_and_refused(
     assert (found.code, "seal 2 is missing, according to the checkpoint" in found.err) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_signing_key_is_changed(sealed: CommandLine, tmp_path: Path) -> None:
     file, public = tmp_path / "new.key", tmp_path / "old.pem"
     public.write_text(sealed.ok("print-audit-public-key").out, encoding="ascii")

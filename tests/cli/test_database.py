@@ -216,6 +216,7 @@ def test_an_unknown_revision_is_an_error(cli: CommandLine) -> None:
         assert "zzz" in cli.fails(*command)
 
 
+@pytest.mark.slow
 def test_history_lists_the_migrations(bare: CommandLine) -> None:
     history = bare.ok("history", "--json").json
     assert history["next_cursor"] is None
@@ -242,6 +243,7 @@ def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> 
     assert cli("check", "--json").json["items"] == lines
 
 
+@pytest.mark.slow
 def test_a_newer_schema_is_refused(cli: CommandLine, clone_settings: Settings) -> None:
     run_sql(clone_settings, "UPDATE tiger_db_alembic_version SET version_num = 'from_the_future'")
     for command in ("list-accounts", "migrate", "check", "init"):
@@ -317,6 +319,7 @@ def test_check_prints_the_sql_that_restores_changes(
     cli.ok("doctor")
 
 
+@pytest.mark.slow
 def test_health_check_fails_if_the_schema_is_newer(
     cli: CommandLine, clone_settings: Settings
 ) -> None:
@@ -348,6 +351,7 @@ def test_liveness_connects_to_no_database(bare: CommandLine) -> None:
     assert "hunter2" not in dead.out
 
 
+@pytest.mark.slow
 def test_missed_upkeep_does_not_make_a_server_unready(
     cli: CommandLine, clone_settings: Settings
 ) -> None:

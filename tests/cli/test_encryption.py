@@ -28,6 +28,7 @@ def test_each_generated_key_is_one_line_and_unique(bare: CommandLine) -> None:
     assert "key id" in bare.fails("generate-encryption-key", "--id", "a b")
 
 
+@pytest.mark.slow
 def test_keys_are_listed_with_the_number_of_rows_that_need_them(
     cli: CommandLine, new_key: str
 ) -> None:
@@ -77,6 +78,7 @@ def test_rotation_reports_the_key_that_can_be_removed(cli: CommandLine, new_key:
     assert plain(stored(cli).private_key) == "test_key"
 
 
+@pytest.mark.slow
 def test_rotation_fails_while_a_row_needs_a_missing_key(cli: CommandLine, new_key: str) -> None:
     create(cli)
     for option in ("--dry-run", "--json"):

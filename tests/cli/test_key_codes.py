@@ -1,5 +1,7 @@
 """The command sign-api-keys, and what `migrate` says about unsigned API keys."""
 
+import pytest
+
 from tests.support.cli_api_keys import create, refusal
 from tests.support.command_line import CommandLine
 from tests.support.sql import run_sql
@@ -8,6 +10,7 @@ from tiger_db.settings import Settings
 UNSIGNED = "UPDATE api_keys SET mac = NULL"
 
 
+@pytest.mark.slow
 def test_unsigned_keys_are_listed_and_signed_after_a_confirmation(
     cli: CommandLine, clone_settings: Settings
 ) -> None:
@@ -38,6 +41,7 @@ def test_a_wrong_code_is_named_and_not_signed(cli: CommandLine, clone_settings: 
     assert "InvalidAPIKey" in refusal(cli, row["key"])
 
 
+@pytest.mark.slow
 def test_migrate_ends_with_the_line_to_run(cli: CommandLine, clone_settings: Settings) -> None:
     create(cli)
     assert "sign-api-keys" not in cli.ok("migrate").err

@@ -24,6 +24,7 @@ from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 COUNT = 12  # events of the fixture `sealed`
 
 
+@pytest.mark.slow
 def test_a_file_appears_when_it_is_complete(
     sealed: CommandLine, clone_settings: Settings, tmp_path: Path
 ) -> None:
@@ -45,6 +46,7 @@ def test_a_file_appears_when_it_is_complete(
 EXPORTS = ["export-events", "export-checkpoint"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", EXPORTS)
 def test_a_file_is_replaced_only_with_overwrite(
     sealed: CommandLine, tmp_path: Path, command: str
@@ -63,6 +65,7 @@ def test_a_file_is_replaced_only_with_overwrite(
     assert {*tmp_path.iterdir()} == {file, link}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", EXPORTS)
 def test_a_pipe_is_written_to(sealed: CommandLine, tmp_path: Path, command: str) -> None:
     pipe = tmp_path / "pipe"
@@ -192,6 +195,7 @@ def test_tables_fit_the_width_of_the_terminal(cli: CommandLine, terminal: Termin
         os.set_blocking(terminal.screen, True)
 
 
+@pytest.mark.slow
 def test_stored_text_cannot_control_the_terminal(cli: CommandLine) -> None:
     name = "[bold]:smile: \x1b[31m\u202eevil\r\n"
     create(cli, "U1", "--account-name", name)

@@ -205,6 +205,7 @@ def test_a_failed_refresh_of_one_account_is_reported(
     assert stored(cli).readable_token() == gateway.known[TIGER_ID].token
 
 
+@pytest.mark.slow
 def test_a_failure_is_printed_as_json(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway
 ) -> None:
@@ -228,6 +229,7 @@ def test_a_refresh_prints_no_warning(
     assert failed.err == "error: code=4 msg=access forbidden\n"
 
 
+@pytest.mark.slow
 def test_an_unknown_or_closed_account_is_not_refreshed(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway
 ) -> None:

@@ -24,6 +24,7 @@ def test_wrong_usage_is_exit_code_2(bare: CommandLine) -> None:
     assert (process.code, process.out) == (2, "")
 
 
+@pytest.mark.slow
 def test_the_audit_trail_names_who_runs_a_command(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def test_an_imported_account_is_shown_without_secrets(cli: CommandLine, file: Pa
         assert secret not in result.out + result.err
 
 
+@pytest.mark.slow
 def test_import_warns_of_a_license_that_needs_a_token(cli: CommandLine, file: Path) -> None:
     warning = (
         "warning: the account serves no requests, because the license TBHK needs a valid access"
@@ -100,6 +101,7 @@ def test_import_warns_of_a_license_that_needs_a_token(cli: CommandLine, file: Pa
     assert warned.endswith(f"can read the secrets in {token}: run chmod 600 {token}")
 
 
+@pytest.mark.slow
 def test_import_prints_the_changed_fields(cli: CommandLine, file: Path) -> None:
     cli.ok("import-account", str(file))
     config(file.parent, EVERYTHING | {"license": "TBSG", "timeout": "30"})
@@ -109,6 +111,7 @@ def test_import_prints_the_changed_fields(cli: CommandLine, file: Path) -> None:
     assert result.json["account_name"] == "New"
 
 
+@pytest.mark.slow
 def test_import_prints_the_ignored_lines(cli: CommandLine, file: Path) -> None:
     lines = EVERYTHING | {"license": "TBSG"}
     config(file.parent, lines | {"token": NEW})
@@ -154,6 +157,7 @@ def test_a_malformed_file_is_refused(cli: CommandLine, file: Path, tmp_path: Pat
     assert cli.ok("list-accounts", "--json").json["items"] == []
 
 
+@pytest.mark.slow
 def test_a_closed_account_is_neither_imported_nor_exported(cli: CommandLine, file: Path) -> None:
     cli.ok("import-account", str(file))
     cli.ok("close-account", NUMBER, "--yes")
@@ -168,6 +172,7 @@ def test_exported_paths_are_printed_as_json(cli: CommandLine, file: Path, tmp_pa
     assert result.json == {"items": [str(folder / CONFIG_FILE)], "next_cursor": None}
 
 
+@pytest.mark.slow
 def test_export_replaces_files_only_with_overwrite(
     cli: CommandLine, file: Path, tmp_path: Path
 ) -> None:

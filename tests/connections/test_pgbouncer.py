@@ -240,6 +240,7 @@ async def test_a_revocation_is_notified_on_a_direct_connection(database: Databas
             await verifier.authorize(raw, scopes=[APIKeyScope.MCP_READ])
 
 
+@pytest.mark.slow
 async def test_a_worker_is_notified_on_a_direct_connection(database: Database) -> None:
     asked: asyncio.Queue[str] = asyncio.Queue()
 
@@ -347,6 +348,7 @@ async def test_health_finds_no_problem_with_a_configured_pooler(behind: Settings
     assert report.latency_ms is not None
 
 
+@pytest.mark.slow
 async def test_health_reports_a_pooler_that_is_not_configured(
     clone_settings: Settings, folder: Path, server_url: str
 ) -> None:

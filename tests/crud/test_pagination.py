@@ -50,6 +50,7 @@ async def test_pages_contain_every_row_once_newest_first(session: AsyncSession, 
         assert [row.id for page in pages for row in page] == rows[::-1]
 
 
+@pytest.mark.slow
 async def test_concurrent_inserts_neither_repeat_nor_skip_rows(clone: Database) -> None:
     async with clone.session() as session:
         await crud.audit_logs.log_events(session, (AuditLog(action=LEAK) for _ in range(300)))

@@ -52,6 +52,7 @@ async def test_a_lookup_sends_one_statement(database: Database, seeded: AsyncSes
         assert sent[0].startswith("SELECT"), name
 
 
+@pytest.mark.slow
 async def test_a_page_sends_one_statement_without_count_or_offset(
     database: Database, seeded: AsyncSession
 ) -> None:
@@ -79,6 +80,7 @@ async def test_each_loaded_relationship_sends_one_more_statement(
     assert len(sent) == 2 * (1 + len(load))
 
 
+@pytest.mark.slow
 async def test_one_event_sends_one_statement_and_a_batch_at_most_two(
     database: Database, session: AsyncSession
 ) -> None:

@@ -177,6 +177,7 @@ def test_the_page_of_errors_has_every_error_once() -> None:
     assert sorted(first_column("docs/errors.md")) == sorted(ERRORS - {"TigerDBError"})
 
 
+@pytest.mark.slow
 def test_the_page_of_architecture_names_what_is_in_the_files() -> None:
     page = PAGES["docs/architecture.md"]
     for path in re.findall(r"`([\w/]+(?:\.py|/))`", page):

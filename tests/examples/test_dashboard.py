@@ -169,6 +169,7 @@ async def test_a_filter_selects_rows(site: Site) -> None:
         assert set(re.findall('class="badge (\\w+)"', body(errors_only.text))) == {"error", "high"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/accounts?order_by=name", "/keys", "/refreshes", "/events"])
 async def test_the_pages_of_a_list_lead_forth_and_back(site: Site, path: str) -> None:
     async with site.visitor(site.rows.reader) as visitor:
@@ -340,6 +341,7 @@ async def test_without_the_database_a_page_says_so(site: Site) -> None:
     assert "hidden" not in page.text
 
 
+@pytest.mark.slow
 async def test_the_pause_is_shown_on_every_page_and_attributed(site: Site) -> None:
     async with site.visitor(site.rows.writer) as visitor:
         answer = await visitor.post("/pause", data={"reason": "<b>flash</b> crash"})

@@ -170,6 +170,7 @@ def test_an_error_of_an_application_has_the_status_of_its_base() -> None:
     assert public_error(Other(INTERNAL)).status == 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "what"), [("fastapi", "FastAPI"), ("mcp", "the MCP SDK")])
 def test_without_its_extra_an_integration_says_what_to_install(name: str, what: str) -> None:
     program = f"""

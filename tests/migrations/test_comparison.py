@@ -166,6 +166,7 @@ async def found_by_doctor(settings: Settings) -> doctor.CheckResult:
     return finding
 
 
+@pytest.mark.slow
 async def test_migrations_create_the_declared_objects(clone_settings: Settings) -> None:
     assert await differences(clone_settings) == []
     async with maintenance_engine(clone_settings) as engine, engine.connect() as connection:

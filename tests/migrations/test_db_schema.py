@@ -240,6 +240,7 @@ async def test_a_missing_schema_is_reported(empty_database: Settings) -> None:
 # Wrong search paths
 
 
+@pytest.mark.slow
 async def test_no_connection_follows_the_search_path_of_its_role(clone_settings: Settings) -> None:
     evil = f'IN DATABASE "{clone_settings.database}" SET search_path = evil, pg_catalog, public'
     await sql(
@@ -435,6 +436,7 @@ async def test_installations_do_not_wait_for_each_others_locks(
 # Older releases without DB_SCHEMA on the same database
 
 
+@pytest.mark.slow
 async def test_channels_and_locks_in_public_are_those_of_older_releases(clone: Database) -> None:
     assert [clone.settings.channel(name) for name in CHANNELS] == [*CHANNELS]
     heard: list[str] = []

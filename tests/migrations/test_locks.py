@@ -336,6 +336,7 @@ def test_the_script_for_psql_has_the_result_of_migrate(
         asyncio.run(databases.drop(server_url, name))
 
 
+@pytest.mark.slow
 def test_printing_the_script_or_the_plan_changes_nothing(
     cli: CommandLine, empty_database: Settings
 ) -> None:

@@ -848,6 +848,7 @@ async def test_0023_repairs_rows_and_leaves_events_as_they_are(clone: Database) 
 # Drift
 
 
+@pytest.mark.slow
 async def test_the_migrated_schema_matches_the_models(clone_settings: Settings) -> None:
     async with maintenance_engine(clone_settings) as engine:
         assert await drift(engine) == []
@@ -921,6 +922,7 @@ async def test_drift_needs_the_head_revision(empty_database: Settings) -> None:
             await drift(engine)
 
 
+@pytest.mark.slow
 async def test_drift_only_reads(clone: Database) -> None:
     with recorded(clone) as sent:
         await drift(clone.engine)
@@ -1032,6 +1034,7 @@ async def test_events_of_the_default_partition_move_to_their_month(clone: Databa
         assert [partition for _, partition in locations] == [*months, "audit_logs_default"]
 
 
+@pytest.mark.slow
 async def test_concurrent_callers_create_each_partition_once(clone: Database) -> None:
     async with clone.session() as session:
         await forget_months(session)

@@ -142,6 +142,7 @@ def test_a_text_that_postgres_cannot_store_is_refused(entity: type[Entity], name
         assert names_of(refused(made, entity, **{name: bad})) == {name}
 
 
+@pytest.mark.slow
 @in_database
 @given(text=st.text(STORABLE, min_size=1, max_size=100))
 @example(text="'; DROP TABLE tiger_accounts; --")

@@ -41,6 +41,7 @@ def body(**values: Any) -> dict[str, Any]:
     return minimal(TigerAccount, **secrets | values)
 
 
+@pytest.mark.slow
 async def test_a_body_is_stored_and_shown_without_its_secrets(
     client: AsyncClient, session: AsyncSession
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_long_text_is_parsed_in_linear_time(text: str, monkeypatch: pytest.Mon
     assert min(seconds(1_000_000) for _ in range(3)) < 40 * max(seconds(100_000), 0.001)
 
 
+@pytest.mark.slow
 @given(
     st.one_of(
         st.text(),

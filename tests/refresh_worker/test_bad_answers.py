@@ -250,6 +250,7 @@ async def test_a_message_is_cut_and_no_part_of_a_secret_is_left(clone: Database,
     assert not [part for part in (secret[n : n + 8] for n in range(len(secret))) if part in message]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RefreshFailed("no"), AnswerLost("no"), CredentialsRefused("no")])
 @pytest.mark.parametrize("max_retries", [1, 3])
 async def test_fail_unknown_writes_constants(
@@ -397,6 +398,7 @@ async def test_a_refresh_that_is_given_up_counts_for_the_failing_of_its_account(
     assert event.details == {"failing_until": account.failing_until.isoformat()}
 
 
+@pytest.mark.slow
 async def test_parallel_callers_give_up_a_refresh_once(clone: Database) -> None:
     refreshes = [await opened(clone, max_retries=1) for _ in range(10)]
     async with clone.session() as session:

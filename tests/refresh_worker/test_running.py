@@ -124,6 +124,7 @@ async def test_a_due_account_at_the_gateway(clone: Database) -> None:
     assert (await account_of(clone, other.id)).updated_at == other.updated_at
 
 
+@pytest.mark.slow
 async def test_running_once_ends_when_nothing_is_due(clone: Database) -> None:
     assert (await run_once(clone, at_once)).counts == {}
     await due(clone, 10)
@@ -229,6 +230,7 @@ async def test_a_token_is_refreshed_when_it_becomes_due(
 # Bounds
 
 
+@pytest.mark.slow
 async def test_concurrency_is_bounded(clone: Database) -> None:
     running = most = 0
 
@@ -564,6 +566,7 @@ async def test_a_temporary_failure_is_retried(clone: Database) -> None:
     assert account.status == AccountStatus.ACTIVE
 
 
+@pytest.mark.slow
 async def test_a_permanent_failure_is_given_up(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ async def value(settings: Settings, query: str) -> object:
         await connection.close()
 
 
+@pytest.mark.slow
 async def test_rows_and_sequences_are_as_in_the_template(after: After) -> None:
     async def work(connection: Connection) -> None:
         for _ in range(2):

@@ -175,6 +175,7 @@ def test_nothing_is_imported() -> None:
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_use_the_plugin_imports_nothing(project: Project) -> None:
     code, output = project.run(IMPORTS)
     assert code == 0, output

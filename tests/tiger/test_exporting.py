@@ -266,6 +266,7 @@ async def test_no_secret_leaves_unrecorded(clone: Database, tmp_path: Path) -> N
     assert names(folder) == []
 
 
+@pytest.mark.slow
 async def test_what_cannot_be_exported(clone: Database, tmp_path: Path) -> None:
     async with clone.session() as session:
         plain_text = await factories.account(session)

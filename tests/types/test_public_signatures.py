@@ -89,6 +89,7 @@ def test_each_type_in_a_signature_has_a_public_name(name: str) -> None:
         assert any(item is value or value is None for item in found), type_name
 
 
+@pytest.mark.slow
 def test_types_and_aliases_are_found() -> None:
     found = {name for item in CHECKED for name, _ in types_of(PUBLIC[item])}
     assert {"AsyncSession", "AccountFilters", "OneOrMore", "Progress", "Page"} <= found

@@ -29,6 +29,7 @@ def test_the_changes_of_these_tests_are_all_that_the_module_has() -> None:
     assert changes == {"create", *CHANGES}
 
 
+@pytest.mark.slow
 async def test_every_change_writes_its_event(session: AsyncSession) -> None:
     account = await factories.account(session)
     other = await factories.account(session, is_default_data=True)
@@ -182,6 +183,7 @@ async def test_a_rolled_back_creation_leaves_no_account_and_no_event(clone: Data
         assert (await accounts.list_accounts(session)).items == []
 
 
+@pytest.mark.slow
 async def test_no_row_contains_a_secret_in_plain_text(clone: Database) -> None:
     newer: dict[str, Any] = {name: f"new-{value}" for name, value in SECRETS.items()}
     last: dict[str, Any] = {"private_key": "the-last-key", "secret_key": "the-last-secret"}

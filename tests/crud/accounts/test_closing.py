@@ -205,6 +205,7 @@ async def test_closing_changes_no_earlier_audit_event(clone: Database) -> None:
     assert len(after) == len(before) + 5  # three keys, a refresh, the account
 
 
+@pytest.mark.slow
 async def test_closing_is_one_transaction(clone: Database) -> None:
     async with clone.session() as session:
         account = await busy_account(session)
@@ -245,6 +246,7 @@ async def test_closing_ends_a_suspension_by_errors(session: AsyncSession) -> Non
     assert (row["status"], row["auto_suspended"]) == ("closed", False)
 
 
+@pytest.mark.slow
 async def test_closing_again_changes_nothing(clone: Database) -> None:
     async with clone.session() as session:
         account = await busy_account(session)
@@ -519,6 +521,7 @@ async def rows_of(session: AsyncSession, account: TigerAccount) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 async def test_a_closed_account_is_deleted_with_its_keys_and_refreshes(clone: Database) -> None:
     async with clone.session() as session:
         account, other = await busy_account(session), await factories.account(session)

@@ -163,6 +163,7 @@ async def test_the_newest_of_twenty_concurrent_tokens_stays(crowd: Database, see
     assert expiries == sorted(expiries, key=str)
 
 
+@pytest.mark.slow
 async def test_events_of_concurrent_updates_have_the_replaced_values(crowd: Database) -> None:
     async with crowd.session() as session:
         account = await factories.account(session, description="0")
@@ -250,6 +251,7 @@ async def test_an_account_is_not_deleted_while_a_key_or_refresh_is_created(
         assert await accounts.get(session, account.id) is not None
 
 
+@pytest.mark.slow
 async def test_an_account_is_deleted_once(crowd: Database) -> None:
     async with crowd.session() as session:
         account = await factories.account(session)
@@ -349,6 +351,7 @@ async def rotated(session: AsyncSession, key: APIKey) -> None:
     await api_keys.rotate(session, key.id)
 
 
+@pytest.mark.slow
 async def test_closing_revokes_a_key_that_is_created_concurrently(crowd: Database) -> None:
     async with crowd.session() as session:
         account = await factories.account(session)

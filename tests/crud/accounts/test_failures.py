@@ -384,6 +384,7 @@ async def test_other_changes_do_not_lift_a_suspension_by_errors(session: AsyncSe
     assert await state(session, account) == ("suspended", True, 10)
 
 
+@pytest.mark.slow
 async def test_the_trigger_ends_auto_suspension_for_every_row_of_a_statement(
     session: AsyncSession,
 ) -> None:
@@ -407,6 +408,7 @@ async def test_auto_suspended_cannot_be_set_by_callers(session: AsyncSession) ->
         await accounts.update(session, account.id, auto_suspended=True)  # type: ignore[call-arg]
 
 
+@pytest.mark.slow
 async def test_a_successful_refresh_lifts_no_suspension(session: AsyncSession) -> None:
     claims = [await factories.claim(session) for _ in range(3)]
     active, auto, manual = [

@@ -259,6 +259,7 @@ async def test_names_are_compared_by_code_point_in_any_locale(
     assert 'account_name COLLATE "C" ASC, ' in sent[-1]
 
 
+@pytest.mark.slow
 async def test_accounts_sorted_by_name_are_paged_in_both_directions(session: AsyncSession) -> None:
     names = ["b", "a", "B", "ä", "a", "🐅", "\N{FULLWIDTH LATIN SMALL LETTER A}", "b"]
     made = [await factories.account(session, account_name=name) for name in names]

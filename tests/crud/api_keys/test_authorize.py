@@ -128,6 +128,7 @@ async def test_an_unknown_key_and_a_wrong_secret_look_alike(clone: Database) -> 
     assert len([statement for statement in answers[0][2] if "SELECT" in statement]) == 1
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     raw_key=st.text()

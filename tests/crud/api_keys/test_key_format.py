@@ -70,6 +70,7 @@ def test_a_key_is_256_random_bits() -> None:
     assert {letter for public_id in ids for letter in public_id} == set(ALPHABET)
 
 
+@pytest.mark.slow
 async def test_the_prefix_names_the_environment(clone_settings: Settings) -> None:
     for environment, word in (("production", "live"), ("staging", "test"), ("development", "test")):
         settings = clone_settings.model_copy(update=PRODUCTION | {"environment": environment})

@@ -278,6 +278,7 @@ async def everything_now(session: AsyncSession) -> str:
     return await factories.everything(session)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken",
     [
@@ -336,6 +337,7 @@ async def test_a_key_has_one_successor(session: AsyncSession) -> None:
         await api_keys.rotate(session, successor.id)
 
 
+@pytest.mark.slow
 async def test_one_of_two_concurrent_rotations_succeeds(clone: Database) -> None:
     async with clone.session() as session:
         key, _ = await factories.api_key(session)
@@ -767,6 +769,7 @@ async def test_a_key_of_any_status_is_deleted(
     assert (await actions(session))[-1] == AuditAction.API_KEY_DELETE
 
 
+@pytest.mark.slow
 async def test_a_rollback_undoes_a_deletion(clone: Database) -> None:
     async with clone.session() as session:
         key, raw_key = await factories.api_key(session)

@@ -169,6 +169,7 @@ async def test_a_readonly_session_can_only_read_the_pause(clone: Database) -> No
         assert not await api_keys.is_paused(session)
 
 
+@pytest.mark.slow
 async def test_pauses_at_once_are_one_pause(crowd: Database) -> None:
     reasons = [f"reason {number}" for number in range(20)]
     calls = [partial(api_keys.pause, reason=reason) for reason in reasons]

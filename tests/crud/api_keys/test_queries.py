@@ -53,6 +53,7 @@ async def test_an_expired_key_is_listed_as_expired_and_not_as_active(session: As
 # Expiring
 
 
+@pytest.mark.slow
 async def test_expiring_keys_come_soonest_first_page_by_page(session: AsyncSession) -> None:
     now = datetime.now(UTC)
     hours = [5, 2, 2, 9, 2, 2, 1, 5, 2, 7, 5, 23]  # equal expiries within a page and across its end
@@ -190,6 +191,7 @@ async def test_usage_of_all_keys_is_counted_by_time_key_and_account(session: Asy
             await counted(wrong)
 
 
+@pytest.mark.slow
 async def test_keys_are_filtered_by_one_or_several_values(session: AsyncSession) -> None:
     now = datetime.now(UTC)
     account = await factories.account(session, account_name="Zürich")

@@ -37,6 +37,7 @@ async def test_a_limit_allows_exactly_its_number_of_uses(
     assert (refused.value.remaining, key.usage_count) == (0, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["hour", "day"])
 async def test_a_rotation_does_not_renew_a_limit(session: AsyncSession, limit: str) -> None:
     """A limit of 5, with 4 rotations and 20 uses."""
@@ -57,6 +58,7 @@ async def test_a_rotation_does_not_renew_a_limit(session: AsyncSession, limit: s
     assert used == [2, 1, 1, 1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["session", "verifier"])
 async def test_concurrent_uses_of_a_line_are_counted_exactly(clone: Database, how: str) -> None:
     async with clone.session() as session:

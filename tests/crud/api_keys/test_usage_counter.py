@@ -115,6 +115,7 @@ async def test_the_status_of_a_transaction_is_known_when_it_has_ended(
         assert await usage_counter._was_rolled_back(connection, xid) is not committed
 
 
+@pytest.mark.slow
 async def test_limits_of_lines_without_keys_are_deleted_after_30_days(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -186,6 +187,7 @@ async def test_a_locked_key_does_not_delay_the_counts_of_other_keys(
     await watcher.close()
 
 
+@pytest.mark.slow
 async def test_close_writes_all_counts(clone_settings: Settings, other: Connection) -> None:
     keys = await make_keys(clone_settings, 20)
     async with Database(clone_settings) as database:
@@ -196,6 +198,7 @@ async def test_close_writes_all_counts(clone_settings: Settings, other: Connecti
     assert [await counts(other, key.id) for key, _ in keys] == [(7, 7)] * 20
 
 
+@pytest.mark.slow
 async def test_parallel_calls_of_close_count_each_use_once(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -256,6 +259,7 @@ async def test_the_counts_of_a_deleted_key_are_dropped(
     assert not caplog.records
 
 
+@pytest.mark.slow
 async def test_counts_and_denials_survive_a_rollback_of_the_caller(
     clone_settings: Settings, other: Connection
 ) -> None:

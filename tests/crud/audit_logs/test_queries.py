@@ -216,6 +216,7 @@ async def test_pages_of_events_are_read_in_both_directions(session: AsyncSession
 # Relationships
 
 
+@pytest.mark.slow
 async def test_accounts_and_api_keys_of_events_are_loaded(clone: Database) -> None:
     async with clone.session() as session:
         account = await factories.account(session)
@@ -383,6 +384,7 @@ async def test_since_is_inclusive_and_until_exclusive(session: AsyncSession) -> 
     assert await found(since=noon + timedelta(microseconds=999)) == [1, 2]
 
 
+@pytest.mark.slow
 @in_database
 @given(moment=st.datetimes(timezones=st.timezones() | st.just(UTC)))
 @example(moment=datetime.min.replace(tzinfo=UTC))

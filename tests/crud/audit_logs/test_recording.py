@@ -130,6 +130,7 @@ async def test_any_json_is_read_as_it_was_recorded(
     assert event.details == AuditLog(action=LOGIN, details=details).details  # with masked secrets
 
 
+@pytest.mark.slow
 async def test_many_events_are_recorded_at_once(session: AsyncSession) -> None:
     batch = [AuditLog(action=LOGIN, user_id=f"user {n}") for n in range(1100)]
     assert await audit_logs.log_events(session, iter(batch)) == 1100

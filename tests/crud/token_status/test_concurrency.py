@@ -46,6 +46,7 @@ async def test_eight_workers_claim_each_refresh_once(crowd: Database) -> None:
         assert {refresh.fencing_token for refresh in refreshes} == {1}
 
 
+@pytest.mark.slow
 async def test_concurrent_schedulers_open_one_refresh_per_account(crowd: Database) -> None:
     async with crowd.session() as session:
         due = [await factories.account_with_token(session) for _ in range(5)]
@@ -55,6 +56,7 @@ async def test_concurrent_schedulers_open_one_refresh_per_account(crowd: Databas
     ]
 
 
+@pytest.mark.slow
 async def test_concurrent_callers_open_one_refresh(crowd: Database) -> None:
     async with crowd.session() as session:
         account = await factories.account_with_token(session)
@@ -65,6 +67,7 @@ async def test_concurrent_callers_open_one_refresh(crowd: Database) -> None:
     assert actions.count(AuditAction.TOKEN_REFRESH_SCHEDULE) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planned", [False, True])
 async def test_concurrent_callers_of_refresh_now_get_one_refresh(
     crowd: Database, *, planned: bool

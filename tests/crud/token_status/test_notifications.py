@@ -39,6 +39,7 @@ async def listening(database: Database) -> AsyncIterator[Callable[[], Awaitable[
 PENDING = [""]  # the payloads of one notification about pending refreshes
 
 
+@pytest.mark.slow
 async def test_pending_and_ended_refreshes_are_notified(clone: Database) -> None:
     async with listening(clone) as heard:
         async with clone.session() as session:

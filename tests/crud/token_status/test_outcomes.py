@@ -302,6 +302,7 @@ async def test_a_failure_is_tried_again_until_it_is_given_up(session: AsyncSessi
     assert event.error_message == "no \ufffd answer ?"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failed_before", "longest"), [(0, 30), (1, 60), (5, 960), (6, 1800), (60, 1800)]
 )
@@ -374,6 +375,7 @@ async def test_refused_credentials_suspend_an_active_account(
     assert await token_status.schedule_due(session) == []
 
 
+@pytest.mark.slow
 async def test_a_person_activates_an_account_with_refused_credentials(
     session: AsyncSession,
 ) -> None:
@@ -386,6 +388,7 @@ async def test_a_person_activates_an_account_with_refused_credentials(
     assert (again.id, again.retry_count) == (claim.id, 0)
 
 
+@pytest.mark.slow
 async def test_a_rollback_undoes_the_suspension_with_its_failure(clone: Database) -> None:
     async with clone.session() as session:
         claim = await factories.claim(session)

@@ -295,6 +295,7 @@ async def test_statistics_of_refreshes(database: Database, session: AsyncSession
 # The overview
 
 
+@pytest.mark.slow
 async def test_the_overview_groups_refreshes(session: AsyncSession) -> None:
     now = datetime.now(UTC)
     since = now - MINUTE

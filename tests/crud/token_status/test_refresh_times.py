@@ -230,6 +230,7 @@ async def set_times(session: AsyncSession, account: TigerAccount, **times: datet
     await session.refresh(account)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within", [timedelta(0), HOUR, 30 * DAY, -DAY])
 async def test_python_and_postgresql_find_the_same_tokens_due(
     session: AsyncSession, monkeypatch: pytest.MonkeyPatch, within: timedelta
@@ -291,6 +292,7 @@ async def test_a_token_is_either_due_or_next_due(session: AsyncSession, microsec
     assert bool(await token_status.schedule_due(session)) == due
 
 
+@pytest.mark.slow
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     life=st.timedeltas(MINUTE, 100 * DAY),
