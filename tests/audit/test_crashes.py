@@ -20,11 +20,11 @@ from sqlmodel import col
 
 from tests.support import factories
 from tests.support.private_servers import new_database, server
+from tests.support.trail import stored_events
 from tests.support.verifiers import kill
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud, embedded
 from tiger_db.audit.seal_format import Seal, positions_in
-from tiger_db.audit.storage import SELECT_EVENTS, Connection
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.migrations import upgrade
@@ -264,10 +264,6 @@ def dump_as_sql(source: Settings, target: Settings, path: Path) -> None:
     run(target, "psql", "-q", "-1", "-v", "ON_ERROR_STOP=1", "-f", str(path))
 
 
-async def contents(connection: Connection) -> list[tuple[int, str]]:
-    return [tuple(row) for row in await connection.fetch(SELECT_EVENTS, -(2**63), 2**63 - 1)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("copy", [dump_and_restore, dump_as_sql])
 async def test_a_dump_restored_in_another_cluster_is_verified(
@@ -289,18 +285,18 @@ async def test_a_dump_restored_in_another_cluster_is_verified(
             await old.execute("INSERT INTO audit_logs SELECT * FROM audit_logs")
         await old.execute("SELECT nextval('audit_logs_position_seq') FROM generate_series(1, 9)")
         await copies(database)  # not sealed
-    before = await contents(old)
+    before = await stored_events(old)
     await old.close()
     moved = await new_database(another_server)
     await asyncio.to_thread(copy, private, moved, tmp_path / "dump")
     moved = moved.model_copy(update={"audit_signing_key": private.audit_signing_key})
     new = await connect(moved)
-    assert await contents(new) == before
+    assert await stored_events(new) == before
     async with Database(moved) as database:
         found = await audit.verify(database, checkpoint=checkpoint)
         assert (found.findings, found.rows, found.unsealed) == ([], 152, 20)
         await commits(database)
-        positions = [position for position, _ in await contents(new)]
+        positions = [position for position, _ in await stored_events(new)]
         assert positions[:-2] == [position for position, _ in before]
         assert positions[-2] > positions[-3]
         assert (await audit.seal(database)).rows == 22

@@ -14,11 +14,12 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from tests.support import factories
+from tests.support.trail import stored_events
 from tests.support.waiting import until
 from tiger_db import Actor, AuditAction, AuditLog, Database, Settings, acting_as, audit, crud
 from tiger_db.audit import FindingKind
 from tiger_db.audit.seal_format import Seal
-from tiger_db.audit.storage import SELECT_EVENTS, Connection
+from tiger_db.audit.storage import Connection
 from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, InvalidState
 from tiger_db.health import check_readiness
@@ -102,9 +103,9 @@ async def partitions(connection: Connection) -> dict[str, int]:
 
 
 async def contents(connection: Connection) -> dict[int, str]:
-    rows = await connection.fetch(SELECT_EVENTS, 0, 2**62)
-    assert len(rows) == len({position for position, _ in rows})
-    return {position: content for position, content in rows}  # noqa: C416  # names the two columns
+    events = await stored_events(connection)
+    assert len(events) == len(dict(events))
+    return dict(events)
 
 
 async def assert_clean(database: Database, **counts: int) -> None:

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from tests.support import factories
 from tests.support.passed_settings import Passed
-from tests.support.trail import insert_seal
+from tests.support.trail import insert_seal, stored_events
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
 from tiger_db.audit.seal_format import (
@@ -30,7 +30,6 @@ from tiger_db.audit.seal_format import (
 )
 from tiger_db.audit.sealing import EVENTS_PER_SEAL
 from tiger_db.audit.storage import (
-    SELECT_EVENTS,
     Connection,
     database_time,
     fetch_last_seal,
@@ -461,7 +460,7 @@ async def test_a_database_clock_that_went_back_causes_no_findings(
     assert last is not None
     end = last.payload()
     await commits(sealed, written)
-    ((position, content),) = await other.fetch(SELECT_EVENTS, end.upto + 1, 2**62)
+    ((position, content),) = await stored_events(other, end.upto + 1)
     ahead = shifted(await database_time(other), 1)
     payload = SealPayload(
         version=SEAL_VERSION, origin=end.origin, number=end.number + 1,
@@ -513,7 +512,8 @@ async def test_a_time_is_sealed_to_its_last_digit(sealed: Database, other: Conne
             f" (gen_random_uuid(), '2026-02-03T04:05:06.{fraction}Z', 'data:query', 'success',"
             " 'low')"
         )
-    contents = [json.loads(content) for _, content in await other.fetch(SELECT_EVENTS, 1, 2**62)]
+    await other.execute("RESET TIME ZONE")
+    contents = [json.loads(content) for _, content in await stored_events(other)]
     for fraction, event in zip(FRACTIONS, contents, strict=True):
         told = event["created_at"]
         assert told.endswith("Z")
@@ -538,7 +538,7 @@ async def test_a_number_is_sealed_to_its_last_digit(
             f"INSERT INTO audit_logs (id, action, result, severity, {column}) VALUES"
             f""" (gen_random_uuid(), 'data:query', 'success', 'low', '{{"n": {number}}}')"""
         )
-    contents = [content for _, content in await other.fetch(SELECT_EVENTS, 1, 2**62)]
+    contents = [content for _, content in await stored_events(other)]
     for number, content in zip(NUMBERS, contents, strict=True):
         digits = "1" + "0" * 400 if number == "1e400" else number
         assert f'"{column}":{{"n": {digits}}}' in content

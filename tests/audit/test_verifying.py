@@ -17,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support import factories
+from tests.support.content_in_sql import CONTENT
 from tests.support.trail import (
     SEALS,
     TAMPERINGS,
@@ -25,9 +26,11 @@ from tests.support.trail import (
     event_found,
     fetch_seals,
     insert_seal,
+    stored_events,
 )
 from tiger_db import AuditAction, AuditResult, AuditSeverity, Database, audit, crud
 from tiger_db.audit import AuditFinding, FindingKind
+from tiger_db.audit.event_content import CONTENT_COLUMNS
 from tiger_db.audit.seal_format import (
     DIGEST_BYTES,
     NO_PREVIOUS_DIGEST,
@@ -40,7 +43,7 @@ from tiger_db.audit.seal_format import (
 )  # fmt: skip
 from tiger_db.audit.sealer import Sealer
 from tiger_db.audit.sealing import seal_next
-from tiger_db.audit.storage import CONTENT, CONTENT_COLUMNS, Connection, database_time
+from tiger_db.audit.storage import Connection, database_time
 
 Way: TypeAlias = Callable[[Trail], Awaitable[AuditFinding]]  # returns what is to be found
 COPY = """
@@ -51,10 +54,6 @@ ENUMS: dict[str, list[str]] = {
     "action": [*AuditAction, "backup:run"], "result": [*AuditResult], "severity": [*AuditSeverity],
 }  # fmt: skip
 REQUIRED = {"id", "created_at", *ENUMS}
-EVENTS = f"""
-SELECT position, {CONTENT} AS content FROM audit_logs
-WHERE position BETWEEN $1 AND $2 ORDER BY position
-"""
 SAVE = "CREATE TABLE kept_logs AS TABLE audit_logs; CREATE TABLE kept_seals AS TABLE audit_seals"
 RESTORE = """
 TRUNCATE audit_logs, audit_seals;
@@ -442,8 +441,8 @@ async def forge_with(trail: Trail, key: Ed25519PrivateKey, position: int) -> Aud
         "UPDATE audit_logs SET user_id = concat(user_id, 'eve') WHERE position = $1", position
     )
     payload = trail.payloads[trail.seal_of(position) - 1]
-    rows = await trail.superuser.fetch(EVENTS, payload.after + 1, payload.upto)
-    leaves = [(row["position"], digest_of(row["content"])) for row in rows]
+    events = await stored_events(trail.superuser, payload.after + 1, payload.upto)
+    leaves = [(position, digest_of(content)) for position, content in events]
     payload = replace(payload, root=merkle_root(leaves).hex())
     seal = make_seal(key, payload, b"".join(digest for _, digest in leaves))
     return await forge(trail, payload.number, seal)
@@ -478,8 +477,8 @@ async def rewrite_with_the_same_times(trail: Trail) -> AuditFinding:
     await trail.superuser.execute("DELETE FROM audit_seals")
     previous = NO_PREVIOUS_DIGEST
     for payload in trail.payloads:
-        rows = await trail.superuser.fetch(EVENTS, payload.after + 1, payload.upto)
-        leaves = [(row["position"], digest_of(row["content"])) for row in rows]
+        events = await stored_events(trail.superuser, payload.after + 1, payload.upto)
+        leaves = [(position, digest_of(content)) for position, content in events]
         again: SealPayload = replace(
             payload,
             previous=previous,
@@ -614,13 +613,20 @@ CAPTURES = {
         ),
         "severity = 'critical'",
     ),
-    "an operator with two operands of one type": (
+    "a cast to text": (
         (
-            "CREATE FUNCTION before(json, json) RETURNS text LANGUAGE sql RETURN"
-            " substr(%s, strpos(%s, 'created_at') + 13, 26);"
-            "CREATE OPERATOR #>> (LEFTARG = json, RIGHTARG = json, FUNCTION = before)"
+            "CREATE FUNCTION low(audit_severity) RETURNS text LANGUAGE sql RETURN 'low';"
+            "CREATE CAST (audit_severity AS text) WITH FUNCTION low(audit_severity) AS IMPLICIT"
         ),
-        "created_at = '2001-01-01'",
+        "severity = 'critical'",
+    ),
+    "an operator of positions": (
+        (
+            "CREATE FUNCTION kept(bigint, bigint) RETURNS boolean LANGUAGE sql"
+            " RETURN false; CREATE OPERATOR >= (LEFTARG = bigint, RIGHTARG = bigint,"
+            " FUNCTION = kept)"
+        ),
+        "severity = 'critical'",
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from tiger_db import RefreshTrigger
-from tiger_db.audit.storage import SELECT_EVENTS, SELECT_LAST_SEAL
+from tiger_db.audit.storage import SELECT_LAST_SEAL, select_events
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.accounts.queries import ACCOUNTS
 from tiger_db.crud.api_keys.queries import API_KEYS, EXPIRING_API_KEYS
@@ -72,7 +72,7 @@ async def limited_use(session: AsyncSession) -> None:
 async def events_to_seal(session: AsyncSession) -> None:
     """The events of a seal."""
     connection = await session.connection()
-    await connection.exec_driver_sql(SELECT_EVENTS, (25_000, 25_100))
+    await connection.exec_driver_sql(select_events(25_000, 25_100))
 
 
 async def newest_seal(session: AsyncSession) -> None:

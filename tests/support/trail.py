@@ -14,12 +14,19 @@ from sqlalchemy import text
 from tests.support import factories
 from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, audit, crud
 from tiger_db.audit import AuditFinding, FindingKind, Verification
+from tiger_db.audit.event_content import Event
 from tiger_db.audit.seal_format import (
     Seal,
     SealPayload,
     make_seal,
 )
-from tiger_db.audit.storage import Connection, database_time, read_trail
+from tiger_db.audit.storage import (
+    Connection,
+    database_time,
+    read_events,
+    read_trail,
+    select_events,
+)
 from tiger_db.audit.verifying import TrailVerifier
 
 TAMPERINGS = 500 if os.environ.get("TIGER_DB_SOAK") else 40  # of each kind
@@ -112,6 +119,13 @@ def assert_found(verification: Verification, expected: AuditFinding, what: str) 
     assert replace(first, message="") == expected, (what, verification.findings[:5])
     assert verification.count >= len(verification.findings)
     assert str(first.position if first.position is not None else first.seal) in first.message
+
+
+async def stored_events(
+    connection: Connection, first: int = -(2**63), last: int = 2**63 - 1
+) -> list[Event]:
+    """Return the events at positions from `first` to `last`, in order of position."""
+    return [event async for event in read_events(connection, select_events(first, last))]
 
 
 async def fetch_seals(connection: Connection, after: int, limit: int) -> list[tuple[int, Seal]]:

@@ -8,23 +8,24 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Literal, Unpack
+from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Text, literal_column, select, text
+from sqlalchemy import ColumnElement, Select, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col
 
 from tiger_db.audit import storage
 from tiger_db.audit.checkpoints import checkpoint_text
+from tiger_db.audit.event_content import CONTENT_COLUMNS, Event
 from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
-from tiger_db.audit.storage import Event
 from tiger_db.crud.audit_logs.queries import EventFilters, event_conditions
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AuditLog
 from tiger_db.public import Progress, no_progress, public
-from tiger_db.sqlstates import typed
+from tiger_db.sqlstates import raw_errors, typed
 
-CSV_COLUMNS = ("position", *storage.CONTENT_COLUMNS)
+CSV_COLUMNS = ("position", *CONTENT_COLUMNS)
 _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
 _BATCH_EVENTS = 1000  # number of events in each batch of an export
 _BYTE_ORDER_MARK = "\ufeff"
@@ -104,17 +105,23 @@ async def _whole_trail(database: Database) -> AsyncGenerator[Seal | Event, None]
 async def _matching_events(
     database: Database, conditions: list[ColumnElement[bool]]
 ) -> AsyncGenerator[Seal | Event, None]:
-    statement: Select[int | None, str] = (
-        select(col(AuditLog.position), literal_column(storage.CONTENT, type_=Text()))
+    statement: Select[UUID] = (
+        select(col(AuditLog.id))
         .where(*conditions)
         .order_by(col(AuditLog.id))
         .execution_options(yield_per=_BATCH_EVENTS)
     )
     async with database.session() as session:
         try:
-            await session.execute(text("SET LOCAL row_security = off"))
-            async for position, content in await session.stream(statement):
-                yield position or 0, content  # the position of a stored event is never NULL
+            for setting in storage.SESSION_SETTINGS:
+                await session.execute(text(f"SET LOCAL {setting}"))
+            connection = await (await session.connection()).get_raw_connection()
+            assert connection.driver_connection is not None
+            async for ids in (await session.stream_scalars(statement)).partitions():
+                query = storage.select_events_of(ids)
+                with raw_errors():
+                    async for event in storage.read_events(connection.driver_connection, query):
+                        yield event
         except SQLAlchemyError as error:
             raise typed(error) from None
 
@@ -122,7 +129,7 @@ async def _matching_events(
 def _cells(content: str) -> Iterator[str | None]:
     """Yield the CSV cells of an event. Each number has all digits that the database printed."""
     at = 0
-    for name in storage.CONTENT_COLUMNS:
+    for name in CONTENT_COLUMNS:
         member = f'{"{" if name == "id" else ","}"{name}":'
         if not content.startswith(member, at):
             yield None

@@ -214,13 +214,12 @@ async def _sealed_events(
     positions, digests = array("q"), bytearray()
     retirements = [Seal(*row).payload() for row in await connection.fetch(_SELECT_RETIREMENTS)]
     retired = [run for payload in retirements for run in payload.positions]
-    select_events = storage.SELECT_EVENTS.replace("audit_logs", partition)
     for row in await connection.fetch(_SELECT_COVERING_SEALS, first, last):
         seal = Seal(*row)
         payload = seal.payload()
         expected = dict(seal.event_digests(payload))
-        events = await connection.fetch(select_events, payload.after + 1, payload.upto)
-        for position, content in events:
+        query = storage.select_events(payload.after + 1, payload.upto, table=partition)
+        async for position, content in storage.read_events(connection, query):
             digest = digest_of(content)
             if expected.get(position) != digest:
                 raise _CannotRetireError(

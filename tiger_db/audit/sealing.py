@@ -130,19 +130,18 @@ async def seal_next(sealer: Sealer, upto: int, closed_at: str | None) -> int | N
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(storage.TAKE_SEALING_LOCK)
         await sealer.catch_up()
-        found = await connection.fetch(
-            f"{storage.SELECT_EVENTS} LIMIT {EVENTS_PER_SEAL}", sealer.chain.upto + 1, upto
-        )
+        query = storage.select_events(sealer.chain.upto + 1, upto, limit=EVENTS_PER_SEAL)
+        # PostgreSQL assigns each position once, so a second event at the same position is forged.
+        digests, found = dict[int, bytes](), 0
+        async for position, content in storage.read_events(connection, query):
+            digests.setdefault(position, digest_of(content))
+            found += 1
         if not found:
             return None
-        if len(found) == EVENTS_PER_SEAL:
-            upto, closed_at = found[-1]["position"], None
-        # PostgreSQL assigns each position once, so a second event at the same position is forged.
-        contents = {row["position"]: row["content"] for row in reversed(found)}
-        positions = sorted(contents)
-        digests = b"".join(digest_of(contents[position]) for position in positions)
-        await sealer.append(positions, digests, upto=upto, closed_at=closed_at)
-        return len(positions)
+        if found == EVENTS_PER_SEAL:
+            upto, closed_at = max(digests), None
+        await sealer.append([*digests], b"".join(digests.values()), upto=upto, closed_at=closed_at)
+        return len(digests)
 
 
 @public

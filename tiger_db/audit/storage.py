@@ -1,69 +1,32 @@
 """Queries for the audit events and seals in the database."""
 
+import asyncio
 import contextlib
-import re
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from datetime import UTC, datetime
 from typing import TypeAlias
+from uuid import UUID
 
 import asyncpg
 
+from tiger_db.audit.event_content import CONTENT_COLUMNS, Event, render_event
 from tiger_db.audit.seal_format import Seal
 from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, SchemaMismatch
 from tiger_db.migrations.comparison import find_differences
 from tiger_db.migrations.locks import DESCRIBE_SESSION, lock_key
-from tiger_db.models import metadata
-from tiger_db.models.columns import is_native_enum
 from tiger_db.out_of_band import asyncpg_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-Event: TypeAlias = tuple[int, str]  # Pair of an event's position and the event's content.
 _EVENTS_PER_QUERY = 20_000  # Approximate number of events that PostgreSQL sorts at once.
-_PREFETCHED_SEALS, _PREFETCHED_EVENTS = 50, 1000
+_PREFETCHED_SEALS = 50
+_EVENT_COLUMNS = ", ".join(("position", *CONTENT_COLUMNS))
 _MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # range of PostgreSQL's type bigint
-_ID = re.compile(r'{"id":"([^"]+)"')
 
-# The content of an event has the columns in CONTENT_COLUMNS, in the same order. New columns must be
-# appended at the end, so that the digests of older events, whose new columns are NULL, stay the
-# same.
-CONTENT_COLUMNS = (
-    "id", "created_at", "action", "result", "severity", "resource_type", "resource_id", "user_id",
-    "user_type", "session_id", "ip_address", "user_agent", "request_method", "request_path",
-    "request_id", "tiger_account_id", "api_key_id", "details", "old_values", "new_values",
-    "error_code", "error_message", "duration_ms", "tags",
-)  # fmt: skip
-_COLUMNS = metadata.tables["audit_logs"].columns
-assert set(CONTENT_COLUMNS) == {*_COLUMNS.keys()} - {"position"}
-
-
-def _member(name: str) -> str:
-    """Return the SQL expression for one member of an event's JSON object.
-
-    PostgreSQL converts each value to JSON text, which Python does not parse, so that numbers keep
-    all digits. The expression never calls functions or operators that other roles created in the
-    schema, because functions are qualified with pg_catalog, and the types of operands match
-    operators of pg_catalog exactly. An enum is converted to text first: to_json() of an enum would
-    use a cast that somebody has created from the enum to json.
-    """
-    value = f"pg_catalog.to_json({name})::text"
-    if name == "created_at":  # the time is printed in UTC, not in the session's time zone
-        utc = f"pg_catalog.to_json({name} AT TIME ZONE 'UTC')"
-        value = f"""'"' || ({utc} #>> '{{}}'::text[]) || 'Z"'"""
-    elif is_native_enum(_COLUMNS[name].type):
-        value = f"pg_catalog.to_json(pg_catalog.concat({name}))::text"
-    return f"""'{"{" if name == "id" else ","}"{name}":' || {value}"""
-
-
-# `CONTENT` is an SQL expression that returns the content of an event. The SQL function concat()
-# ignores NULL arguments, so the content omits fields that are NULL.
-CONTENT = f"pg_catalog.concat({', '.join(map(_member, CONTENT_COLUMNS))}, '}}')"
-SELECT_EVENTS = f"""
-SELECT position, {CONTENT} AS content FROM audit_logs
-WHERE position BETWEEN $1 AND $2 ORDER BY position, id
-"""  # noqa: S608  # names of columns
+# The session prints times in UTC and in ISO 8601, and reads no rows that row security filters.
+SESSION_SETTINGS = ("TimeZone = 'UTC'", "DateStyle = 'ISO'", "row_security = off")
 # The sealing lock is an advisory lock. A transaction holds the sealing lock while it seals events,
 # retires months, or moves events between partitions, so that only one transaction does so at a
 # time.
@@ -129,7 +92,7 @@ async def open_connection(database: Database) -> AsyncIterator[Connection]:
         maintenance_engine(database.settings) as engine,
         asyncpg_connection(engine) as connection,
     ):
-        await connection.execute("SET row_security = off")
+        await connection.execute("".join(f"SET {setting};" for setting in SESSION_SETTINGS))
         for (name,) in await connection.fetch(_SELECT_REPLACED_TABLES):
             raise SchemaMismatch(
                 f"{name} is not a table of tiger_db, but another relation: run `tiger-db check`"
@@ -153,6 +116,64 @@ async def open_snapshot(database: Database) -> AsyncIterator[Connection]:
 async def fetch_last_seal(connection: Connection) -> Seal | None:
     row = await connection.fetchrow(SELECT_LAST_SEAL)
     return Seal(*row) if row is not None else None
+
+
+def select_events(
+    first: int, last: int, *, table: str = "audit_logs", limit: int | None = None
+) -> str:
+    """Return a query for `read_events`: the events at the positions from `first` to `last`."""
+    return (
+        f"SELECT {_EVENT_COLUMNS} FROM {table}"  # noqa: S608  # names and integers
+        f" WHERE position BETWEEN '{first}'::pg_catalog.int8 AND '{last}'::pg_catalog.int8"
+        f" ORDER BY position, id LIMIT {limit or 'ALL'}"
+    )
+
+
+def select_events_of(ids: Iterable[UUID]) -> str:
+    """Return a query for `read_events`: the events with the given ids, in the order of ids."""
+    array = ",".join(map(str, ids))
+    return (
+        f"SELECT {_EVENT_COLUMNS} FROM audit_logs"  # noqa: S608  # names and UUIDs
+        f" WHERE id = ANY ('{{{array}}}'::pg_catalog.uuid[]) ORDER BY id"
+    )
+
+
+async def read_events(connection: Connection, query: str) -> AsyncIterator[Event]:
+    """Yield the events of a query.
+
+    COPY prints each value with the output function of the type. No function, cast or operator that
+    somebody has created in the database takes part.
+    """
+    rest = b""
+    async with contextlib.aclosing(_copy(connection, query)) as chunks:
+        async for chunk in chunks:
+            lines, newline, rest = (rest + chunk).rpartition(b"\n")
+            if newline:
+                for line in lines.decode().split("\n"):
+                    yield render_event(line)
+
+
+async def _copy(connection: Connection, query: str) -> AsyncGenerator[bytes, None]:
+    """Yield the output of COPY in chunks. The server sends the next chunk in the meantime."""
+    chunks = asyncio.Queue[bytes | Exception | None](1)
+
+    async def copy() -> None:
+        try:
+            await connection.copy_from_query(query, output=chunks.put, encoding="UTF8")
+        except Exception as error:  # noqa: BLE001  # the reader of the chunks raises this error
+            await chunks.put(error)
+        else:
+            await chunks.put(None)
+
+    task = asyncio.create_task(copy())
+    try:
+        while (chunk := await chunks.get()) is not None:
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def read_trail(connection: Connection) -> AsyncIterator[Seal | Event]:
@@ -180,8 +201,7 @@ async def _merge(
     Each seal is yielded before the events that the seal covers, and is removed from `seals`.
     """
     covered = after
-    events = connection.cursor(SELECT_EVENTS, after + 1, upto, prefetch=_PREFETCHED_EVENTS)
-    async for position, content in events:
+    async for position, content in read_events(connection, select_events(after + 1, upto)):
         while seals and position > covered:
             seal, seal_upto = seals.popleft()
             covered = max(covered, seal_upto)
@@ -230,12 +250,6 @@ async def find_weakened_protection(database: Database) -> list[str]:
             if {*difference.tables} <= {"audit_logs", "audit_seals"}
             or difference.description.startswith("session_replication_role")
         ]
-
-
-def event_id_in(content: str) -> str | None:
-    """Return the event id in the content of an event, or None if the content has no id."""
-    found = _ID.match(content)
-    return found[1] if found else None
 
 
 async def fetch_clock(connection: Connection) -> datetime:

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from tiger_db.audit import storage
 from tiger_db.audit.chain import AuditFinding, ChainVerifier, FindingKind
 from tiger_db.audit.checkpoints import newest_checkpoint
+from tiger_db.audit.event_content import Event, event_id_in
 from tiger_db.audit.exporting import read_export
 from tiger_db.audit.seal_format import (
     PositionRanges,
@@ -20,7 +21,6 @@ from tiger_db.audit.seal_format import (
     digest_of,
     positions_in,
 )
-from tiger_db.audit.storage import Event
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, InvalidValue
 from tiger_db.public import Progress, no_progress, public
@@ -265,7 +265,7 @@ class TrailVerifier:
             self._remember(position, event)
 
     def _add_event(self, position: int, content: str) -> None:
-        digest, event_id = digest_of(content), storage.event_id_in(content)
+        digest, event_id = digest_of(content), event_id_in(content)
         twin = self._last[1] if position == self._last[0] else None
         self._last = (position, event_id)
         if position > self.chain.upto:
