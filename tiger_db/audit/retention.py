@@ -13,7 +13,7 @@ import asyncpg
 
 from tiger_db.actor import attribute
 from tiger_db.audit import storage
-from tiger_db.audit.seal_format import Seal, digest_of
+from tiger_db.audit.seal_format import Seal, digest_of, merkle_root
 from tiger_db.audit.sealer import Sealer, check_clocks, required_key
 from tiger_db.audit.storage import Connection
 from tiger_db.database import Database
@@ -183,7 +183,7 @@ async def _retire(sealer: Sealer, month: str, kept_from: datetime) -> None:
                 )
             if last > sealer.chain.upto:
                 raise _CannotRetireError(_NOT_SEALED)
-            positions, digests = await _sealed_events(connection, partition, first, last, count)
+            positions, digests = await _sealed_events(sealer, partition, first, last, count)
             event = AuditLog(
                 action=AuditAction.SYSTEM_AUDIT_RETIRE,
                 resource_type="audit_month",
@@ -203,21 +203,29 @@ async def _retire(sealer: Sealer, month: str, kept_from: datetime) -> None:
 
 
 async def _sealed_events(
-    connection: Connection, partition: str, first: int, last: int, count: int
+    sealer: Sealer, partition: str, first: int, last: int, count: int
 ) -> tuple["array[int]", bytearray]:
     """Return the positions and the digests of a month's events.
 
     Raises:
         _CannotRetireError: The month has an event that was changed, or that no seal covers, or an
             event of the seals of the month is missing.
+        InvalidState: A seal of the month is not part of the chain that the sealer has verified.
     """
+    connection, past = sealer.connection, dict[int, str]()
     positions, digests = array("q"), bytearray()
     retirements = [Seal(*row).payload() for row in await connection.fetch(_SELECT_RETIREMENTS)]
     retired = [run for payload in retirements for run in payload.positions]
     for row in await connection.fetch(_SELECT_COVERING_SEALS, first, last):
         seal = Seal(*row)
         payload = seal.payload()
+        past[payload.number] = seal.payload_digest
         expected = dict(seal.event_digests(payload))
+        if merkle_root(expected.items()).hex() != payload.root:
+            raise _CannotRetireError(
+                f"the digests of seal {payload.number} do not match its Merkle root:"
+                " run `tiger-db verify-audit`"
+            )
         query = storage.select_events(payload.after + 1, payload.upto, table=partition)
         async for position, content in storage.read_events(connection, query):
             digest = digest_of(content)
@@ -240,4 +248,6 @@ async def _sealed_events(
         raise _CannotRetireError(
             "the month holds events that no seal covers: run `tiger-db verify-audit`"
         )
+    # Another seal could have been put in place of an old seal since the chain was verified.
+    await sealer.check_past(past)
     return positions, digests

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Self
@@ -40,6 +40,10 @@ _SELECT_NEWEST_OF = "SELECT max(number) FROM audit_seals WHERE number = ANY($1::
 _SELECT_SEALS_FROM = """
 SELECT statement, signature, CASE WHEN number > $2 THEN digests ELSE bytea '' END, number
 FROM audit_seals WHERE number >= $1 ORDER BY number
+"""
+_SELECT_STATEMENTS = """
+SELECT statement, bytea '' AS signature, bytea '' AS digests, number
+FROM audit_seals WHERE number BETWEEN $1 AND $2 ORDER BY number
 """
 
 
@@ -145,6 +149,30 @@ class Sealer:
             raise InvalidState(_refusal(f"seal {number} is missing"))
         if (seal.payload_json, seal.signature) != (self._last.payload_json, self._last.signature):
             raise InvalidState(_refusal(f"seal {number} is not the seal that was verified earlier"))
+
+    async def check_past(self, digests: Mapping[int, str]) -> None:
+        """Verify that older seals belong to the verified chain. This needs a transaction.
+
+        `digests` has the digests of the seals' payloads, by the numbers of the seals. Each payload
+        has the digest of the payload before, so the last verified seal proves all seals before.
+
+        Raises:
+            InvalidState: One of the seals, or a seal after it, is another seal.
+        """
+        number, previous = min(digests), None
+        rows = self.connection.cursor(_SELECT_STATEMENTS, number, self.chain.number, prefetch=1000)
+        async for row in rows:
+            seal = Seal(*row)
+            digest = seal.payload_digest
+            if (
+                seal.row_number != number
+                or digests.get(number, digest) != digest
+                or (previous is not None and seal.payload().previous != previous)
+            ):
+                break
+            number, previous = number + 1, digest
+        if number <= self.chain.number or previous != self.chain.payload_digest:
+            raise InvalidState(_refusal(f"seal {number - 1} or seal {number} was replaced"))
 
     async def append(
         self,
