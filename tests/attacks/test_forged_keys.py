@@ -14,6 +14,7 @@ from sqlalchemy import event
 
 from tests.support import factories
 from tests.support.attackers import (
+    DROP_READABLE_RULES,
     PATHS,
     Execute,
     Use,
@@ -208,8 +209,10 @@ async def test_a_code_that_is_removed_or_replaced_is_refused(
     await make_key(clone, name="other")
     for code in CODES.values():
         await execute(f"UPDATE api_keys SET mac = {code} WHERE name <> 'other'")
+        deadline = time.monotonic() + 10
         with pytest.raises(InvalidAPIKey):
-            await use(raw_key)
+            while time.monotonic() < deadline:  # the notification is on its way
+                await use(raw_key)
 
 
 async def test_a_key_that_is_in_use_is_refused_after_its_row_was_changed(
@@ -239,6 +242,7 @@ async def test_a_row_that_no_application_writes_is_refused(
     today = datetime.now(UTC).date()
     allowing = changed_context(clone.info, allow_unsigned_until=today)
     monkeypatch.setitem(clone.info, CONTEXT, allowing[CONTEXT])
+    await execute(DROP_READABLE_RULES)
     for change in MALFORMED:
         key, raw_key = await make_key(clone)
         await execute(f"UPDATE api_keys SET {change}, mac = {code} WHERE id = $1", key.id)
@@ -253,6 +257,7 @@ async def test_a_malformed_row_hides_no_other_row(clone: Database, execute: Exec
     forged, _ = await make_key(clone)
     await execute("UPDATE api_keys SET scopes = '{trade:admin}'")
     prefixes = {forged.key_prefix}
+    await execute(DROP_READABLE_RULES)
     for change in MALFORMED:
         for code in ("mac", "NULL"):
             key, _ = await make_key(clone)
@@ -265,10 +270,10 @@ async def test_a_malformed_row_hides_no_other_row(clone: Database, execute: Exec
 
 
 async def test_a_malformed_row_is_never_signed(clone: Database, execute: Execute) -> None:
+    await execute(DROP_READABLE_RULES)
     for change in MALFORMED:
-        if "{{mcp" not in change:
-            key, _ = await make_key(clone)
-            await execute(f"UPDATE api_keys SET {change}, mac = NULL WHERE id = $1", key.id)
+        key, _ = await make_key(clone)
+        await execute(f"UPDATE api_keys SET {change}, mac = NULL WHERE id = $1", key.id)
     async with clone.session() as session:
         assert (unsigned := await crud.api_keys.list_unsigned(session))
         assert await crud.api_keys.sign(session, unsigned) == []

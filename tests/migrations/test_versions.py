@@ -845,6 +845,50 @@ async def test_0023_repairs_rows_and_leaves_events_as_they_are(clone: Database) 
                     await connection.execute(text(BAD_ROWS[-1]))
 
 
+# 0024
+
+BAD_LISTS = (
+    "UPDATE api_keys SET scopes = '{NULL}', allowed_ips = '{{10.0.0.0/8,::1/128}}'",
+    """UPDATE tiger_accounts SET market_permissions = '{{US,HK},{NULL,SG}}',
+    quote_permissions = '[1, {"name": "x", "expire_at": -1}, [{}]]'""",
+)
+REPAIRED_LISTS = """
+SELECT k.status::text, scopes::text, allowed_ips::text, k.tags->'_unreadable'->>'scopes',
+    market_permissions::text, quote_permissions::text
+FROM api_keys AS k, tiger_accounts
+"""
+
+
+@pytest.mark.slow
+async def test_0024_repairs_lists_and_revokes_their_keys(clone: Database) -> None:
+    async with clone.session() as session:
+        await factories.api_key(session)
+        await factories.account(session)
+    await clone.close()
+    async with maintenance_engine(clone.settings) as engine:
+        for bad in (BAD_LISTS, ()):
+            await downgrade(engine, "0023")
+            async with engine.begin() as connection:
+                for statement in bad:
+                    await connection.execute(text(statement))
+            await upgrade(engine)
+            assert await drift(engine) == []
+            async with engine.begin() as connection:
+                assert (await connection.execute(text(REPAIRED_LISTS))).one() == (
+                    "revoked",
+                    "{mcp:read}",
+                    "{10.0.0.0/8,::1/128}",
+                    "{NULL}",
+                    "{US,HK,SG}",
+                    '[{"_unreadable": 1}, {"name": "x", "expire_at": -1}, {"_unreadable": [{}]}]',
+                )
+                assert await connection.scalar(text(NOT_VALID)) is None
+        for statement in BAD_LISTS:
+            async with engine.connect() as connection:
+                with pytest.raises(IntegrityError, match="ck_"):
+                    await connection.execute(text(statement))
+
+
 # Drift
 
 

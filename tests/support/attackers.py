@@ -9,6 +9,18 @@ from tiger_db.settings import Settings
 
 Execute = Callable[..., Awaitable[object]]
 Use = Callable[[str], Awaitable[object]]
+# Drop the constraints that refuse values that Python cannot read.
+DROP_READABLE_RULES = """
+DO $$
+DECLARE rule record;
+BEGIN
+    FOR rule IN SELECT conrelid::regclass AS place, conname FROM pg_constraint
+        WHERE conname ~ '_(years_1_to_9999|objects?|array|list)$' AND coninhcount = 0
+    LOOP
+        EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', rule.place, rule.conname);
+    END LOOP;
+END $$
+"""
 
 
 @asynccontextmanager

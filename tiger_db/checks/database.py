@@ -1,6 +1,6 @@
 """Checks of the schema, of indexes and partitions, of collations, and of Citus."""
 
-from sqlalchemy import CheckConstraint, select, text
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tiger_db.checks import Outcome, fetch_all, join_first
@@ -8,7 +8,7 @@ from tiger_db.errors import SchemaMismatch
 from tiger_db.migrations import schema_state
 from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import TABLES, metadata
-from tiger_db.models.base import READABLE_SUFFIXES
+from tiger_db.models.base import readable_rules
 
 _MAX_ROWS_NAMED = 3  # maximum number of rows of a table that a check names
 # _OUR_TABLES selects the tables of tiger_db, partitions included.
@@ -98,27 +98,22 @@ async def check_citus(connection: AsyncConnection) -> Outcome:
 
 
 async def check_readable_rows(connection: AsyncConnection) -> Outcome:
-    """Find rows with times or JSON that Python cannot read.
+    """Find rows with times, JSON or lists that Python cannot read.
 
     Tables whose constraints for such values are valid have no such rows, and are not searched.
     """
     valid = {*await connection.scalars(_VALID_CONSTRAINTS)}
     found: list[str] = []
-    for name in TABLES:
-        table = metadata.tables[name]
+    for table in map(metadata.tables.__getitem__, TABLES):
         rules = [
-            f"NOT ({rule.sqltext})"
-            for rule in table.constraints
-            if isinstance(rule, CheckConstraint)
-            and rule.name not in valid
-            and str(rule.name).endswith(READABLE_SUFFIXES)
+            f"NOT ({rule})" for name, rule in readable_rules(table).items() if name not in valid
         ]
         if rules:
             ids = select(table.c["id"]).where(text(" OR ".join(rules))).limit(_MAX_ROWS_NAMED)
             found += [f"{table.name} {row_id}" for row_id in await connection.scalars(ids)]
     if not found:
-        return Outcome("ok", "no row has times or JSON that Python cannot read")
-    seen = f"rows have times or JSON that Python cannot read: {', '.join(found)}"
+        return Outcome("ok", "no row has times, JSON or lists that Python cannot read")
+    seen = f"rows have times, JSON or lists that Python cannot read: {', '.join(found)}"
     return Outcome(
         "warning",
         seen,

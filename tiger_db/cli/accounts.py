@@ -384,7 +384,7 @@ def _change(
 
     changed = runtime.in_transaction(run)
     number = tiger_db.redaction.mask_account_number(changed.account_number)
-    output.print_message(message.format(account=f"account {number}", status=changed.status.value))
+    output.print_message(message.format(account=f"account {number}", status=changed.status))
     output.show_row(changed, as_json=as_json)
 
 

@@ -197,7 +197,7 @@ def list_api_keys(
 def _status(key: "tiger_db.APIKey") -> str:
     """Return the status of an API key, or `expired` for an expired key that is stored as active."""
     active = tiger_db.APIKeyStatus.ACTIVE
-    return "expired" if key.status == active and key.is_expired else key.status.value
+    return "expired" if key.status == active and key.is_expired else str(key.status)
 
 
 @app.command(rich_help_panel=_PANEL)

@@ -256,7 +256,7 @@ def refresh_token(
     if as_json:
         output.print_json(output.dump(ended))
     if ended.status != tiger_db.TokenRefreshStatus.SUCCESS:
-        raise RefreshFailed(ended.error_message or f"the refresh is {ended.status.value}")
+        raise RefreshFailed(ended.error_message or f"the refresh is {ended.status}")
     output.print_message(
         f"refreshed the access token; the new token expires at {ended.new_token_expires_at}"
     )

@@ -100,7 +100,7 @@ def check_stored_code(peppers: Peppers | None, columns: Mapping[str, Any]) -> Co
     """
     try:
         networks = [ip_network(network) for network in columns["allowed_ips"]]
-    except ValueError:
+    except (TypeError, ValueError):  # TypeError: the column is null, without its NOT NULL
         return CodeState.WRONG
     return check_code(peppers, {**columns, "allowed_ips": networks}, columns["mac"])
 

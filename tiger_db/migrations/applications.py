@@ -5,11 +5,12 @@ from typing import Literal
 
 from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import Enum, Table
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.types import TypeDecorator
 
 from tiger_db.migrations.version_table import KEY_COLUMNS, VERSION_TABLE
 from tiger_db.models import TABLES, metadata
-from tiger_db.models.columns import Json
+from tiger_db.models.columns import Json, List
 
 _PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})")
 
@@ -54,4 +55,7 @@ def render_item(kind: str, item: object, context: AutogenContext) -> str | Liter
     if isinstance(item, Json):
         context.imports.add("from sqlalchemy.dialects import postgresql")
         return "postgresql.JSONB()"
+    if isinstance(item, List):
+        array = ARRAY(item.item_type, dimensions=item.dimensions)
+        return context.migration_context.impl.render_type(array, context)
     return f"sa.{item!r}" if decorated else False

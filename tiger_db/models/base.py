@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache
-from ipaddress import ip_network
 from typing import Any, ClassVar, Self, TypeVar
 
 import annotated_types as rules
@@ -16,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticUndefined
 from sqlalchemy import CheckConstraint, Column, Connection, Table, event
-from sqlalchemy.dialects.postgresql import ARRAY, CIDR, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.orm import (
     Mapper,
@@ -30,6 +29,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import instance_state, set_attribute, set_committed_value
 from sqlalchemy.types import TypeEngine
 
+from tiger_db.decoding import report_unreadable
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import InvalidFields
 from tiger_db.models.columns import (
@@ -271,12 +271,11 @@ def _limits(column: Column[Any], metadata: Iterable[object]) -> Iterable[tuple[s
 
 
 _YEARS = "years_1_to_9999"
-# The endings of the names of the constraints by which Python can read all values of a column.
-READABLE_SUFFIXES = (f"_{_YEARS}", "_object", "_array")
+_READABLE_SUFFIXES = (f"_{_YEARS}", "_object", "_array", "_objects", "_list")
 
 
 def _readable(column: Column[Any]) -> Iterable[tuple[str, str]]:
-    """Yield the constraint by which Python can read all values of a column."""
+    """Yield the constraints by which Python can read all values of a column."""
     name = column.name
     if isinstance(column.type, Timestamp):
         years = "BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00'"
@@ -284,6 +283,22 @@ def _readable(column: Column[Any]) -> Iterable[tuple[str, str]]:
     elif isinstance(column.type, Json):
         kind = column.type.json_type
         yield f"jsonb_typeof({name}) = '{kind}'", kind
+        if kind == "array":
+            # In the lax mode, the filter would look into nested arrays.
+            path = "'strict $[*] ? (@.type() != \"object\")', silent => true"
+            yield f"NOT jsonb_path_exists({name}, {path})", "objects"
+    elif isinstance(column.type, ARRAY):
+        is_flat = f"coalesce(array_ndims({name}), 1) = 1"
+        yield f"{is_flat} AND num_nulls(VARIADIC {name}) = 0", "list"
+
+
+def readable_rules(table: Table) -> dict[str, str]:
+    """Return the names and SQL conditions of the constraints by which Python can read all rows."""
+    return {
+        str(rule.name): str(rule.sqltext)
+        for rule in table.constraints
+        if isinstance(rule, CheckConstraint) and str(rule.name).endswith(_READABLE_SUFFIXES)
+    }
 
 
 # Event listeners that run when the ORM flushes or loads entities
@@ -317,6 +332,12 @@ def _order_fields(row: Entity, *_: object) -> None:
 @event.listens_for(Entity, "refresh", propagate=True)
 def _bind_secrets(row: Entity, *_: object) -> None:
     bind_secrets(row, key_provider(object_session(row)))
+
+
+@event.listens_for(Entity, "load", propagate=True)
+@event.listens_for(Entity, "refresh", propagate=True)
+def _report_unreadable(row: Entity, *_: object) -> None:
+    report_unreadable(row.__tablename__, row.__dict__)
 
 
 # Functions that create entities from raw rows of asyncpg without the ORM loader
@@ -368,7 +389,7 @@ def merge_row(session: Session, entity: type[E_], values: Sequence[Any]) -> E_:
 
 def _bind_loaded(row: Entity, provider: KeyProvider | None) -> None:
     state = instance_state(row)
-    for name, _convert in _converters(type(row)):
+    for name in _tracked_columns(type(row)):
         value = row.__dict__[name]
         if isinstance(value, Tracked):
             value.set_parent(state, name)
@@ -381,6 +402,9 @@ def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
     for name, convert in _converters(entity):
         if row[name] is not None:
             row[name] = convert(row[name])
+    report_unreadable(entity.__tablename__, row)
+    for name in _tracked_columns(entity):
+        row[name] = track(row[name])
     return row
 
 
@@ -401,13 +425,14 @@ def _converters(entity: type[Entity]) -> list[tuple[str, Callable[[Any], Any]]]:
 
 
 def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
-    # The SQL query casts an array of networks to text[] (see _cast), so the items are texts.
-    if isinstance(type_, ARRAY) and isinstance(type_.item_type, CIDR):
-        return lambda networks: track([ip_network(network) for network in networks])
-    process = type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
-    if not isinstance(type_, ARRAY | JSONB):
-        return process
-    return track if process is None else lambda value: track(process(value))
+    return type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
+
+
+@cache
+def _tracked_columns(entity: type[Entity]) -> list[str]:
+    """Return the names of the columns whose in-place changes are tracked."""
+    columns = _columns(entity).items()
+    return [name for name, type_ in columns if isinstance(type_, ARRAY | JSONB)]
 
 
 def _cast(type_: TypeEngine[Any]) -> str:

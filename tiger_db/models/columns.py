@@ -3,10 +3,10 @@
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, ip_network
 from types import UnionType
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 from uuid import UUID
@@ -21,7 +21,7 @@ from sqlalchemy.ext.mutable import Mutable
 from sqlalchemy.orm import InstanceState
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from tiger_db.decoding import as_array, as_object
+from tiger_db.decoding import UNREADABLE, as_object, as_objects, unreadable_list
 from tiger_db.encryption import EncryptedType, Secret
 
 T = TypeVar("T")
@@ -119,16 +119,78 @@ class Json(JSONB):
         coltype: object,  # noqa: ARG002  # SQLAlchemy's signature
     ) -> Callable[[Any], Any]:
         # The codec of the connection has parsed the JSON.
-        return as_array if self.json_type == "array" else as_object
+        return as_objects if self.json_type == "array" else as_object
 
     def compare_values(self, x: object, y: object) -> bool:
         return x == y and json.dumps(x, sort_keys=True) == json.dumps(y, sort_keys=True)
 
 
 class JsonArray(Json):
-    """The SQL type of a `jsonb` column of arrays."""
+    """The SQL type of a `jsonb` column of arrays of objects."""
 
     json_type: ClassVar = "array"
+
+
+class List(ARRAY[Any]):
+    """The SQL type of an array column, which reads each list that plain SQL can store.
+
+    A null or a nested list among the items is read as the text `_unreadable` or as the network
+    `::/128`, which match no request. If the items are members of an enum, the list lacks items that
+    are no members.
+    """
+
+    render_bind_cast = True  # as in SQLAlchemy's array type for asyncpg
+
+    def adapt(self, cls: type[Any], **options: Any) -> Any:  # noqa: ANN401, ARG002  # SQLAlchemy's
+        # SQLAlchemy would replace this type by its array type for asyncpg.
+        return super().adapt(type(self), **options)
+
+    def result_processor(
+        self,
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+        coltype: object,  # noqa: ARG002  # SQLAlchemy's signature
+    ) -> Callable[[Any], Any]:
+        read, replacement = self._item_reader()
+
+        def process(items: list[Any] | None) -> list[Any] | None:
+            if items is None:
+                return None
+            try:
+                return [*map(read, items)]
+            except _UNREADABLE_ITEM:
+                return unreadable_list(_read_items(items, read, replacement))
+
+        return process
+
+    def _item_reader(self) -> tuple[Callable[[Any], object], list[object]]:
+        """Return the function that reads an item, and the replacement of an unreadable item."""
+        item_type = self.item_type
+        if isinstance(item_type, SQLEnum):
+            members = {member.value: member for member in item_type.enum_class or ()}
+            return members.__getitem__, []
+        if isinstance(item_type, CIDR):
+            return ip_network, [_NO_NETWORK]
+        return _require_text, [UNREADABLE]
+
+
+_UNREADABLE_ITEM = (KeyError, TypeError, ValueError)
+_NO_NETWORK = ip_network("::/128")  # the unspecified address, from which no request comes
+
+
+def _require_text(item: object) -> str:
+    if not isinstance(item, str):
+        raise TypeError
+    return item
+
+
+def _read_items(
+    items: list[object], read: Callable[[Any], object], replacement: list[object]
+) -> Iterator[object]:
+    for item in items:
+        try:
+            yield read(item)
+        except _UNREADABLE_ITEM:
+            yield from replacement
 
 
 class OpenEnum(TypeDecorator[str]):
@@ -136,7 +198,7 @@ class OpenEnum(TypeDecorator[str]):
 
     A stored text that equals the value of an enum member is read as that member. A stored text that
     is no member of the enum is read as a `str`. An application or a newer release of tiger_db can
-    store such a text.
+    store such a text, in a native enum after it has added a label.
     """
 
     impl = SQLText
@@ -210,13 +272,15 @@ def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotat
     kind = get_origin(annotation) or annotation
     if issubclass(kind, list):
         item = sql_type(get_args(annotation)[0])
-        is_json = isinstance(item, JSONB)
-        array = JsonArray(none_as_null=True) if is_json else ARRAY(item, dimensions=1)
-        return Tracked.as_mutable(array)
+        if isinstance(item, JSONB):
+            return Tracked.as_mutable(JsonArray(none_as_null=True))
+        if isinstance(item, OpenEnum):
+            item = item.impl_instance
+        return Tracked.as_mutable(List(item, dimensions=1))
     if issubclass(kind, dict):
         return Tracked.as_mutable(Json(none_as_null=True))
     if issubclass(kind, Enum):
-        return enum_type(kind)
+        return OpenEnum(kind, enum_type(kind))
     return next(make() for python_type, make in _SQL_TYPES if issubclass(kind, python_type))
 
 

@@ -183,7 +183,7 @@ class TokenStatus(MutableEntity, table=True):
             InvalidState: the refresh is not pending.
         """
         if self.status != TokenRefreshStatus.PENDING:
-            raise InvalidState(f"a refresh with the status {self.status.value} cannot be started")
+            raise InvalidState(f"a refresh with the status {self.status} cannot be started")
         self.sqlmodel_update(
             {"status": TokenRefreshStatus.IN_PROGRESS, "started_at": datetime.now(UTC)}
         )
@@ -207,7 +207,7 @@ class TokenStatus(MutableEntity, table=True):
             InvalidFields: an argument is invalid, and the status of the refresh is unchanged.
         """
         if self.status != TokenRefreshStatus.IN_PROGRESS or self.started_at is None:
-            raise InvalidState(f"a refresh with the status {self.status.value} cannot be completed")
+            raise InvalidState(f"a refresh with the status {self.status} cannot be completed")
         now = datetime.now(UTC)
         changes: dict[str, object] = {
             "completed_at": now,

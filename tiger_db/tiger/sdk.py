@@ -42,7 +42,7 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     config.tiger_id, config.account = plaintext(account.tiger_id), account.account_number
     config.private_key, _ = parse_private_key(plaintext(account.private_key))
     # If the license in the SDK's configuration were None, the SDK would ask Tiger for the license.
-    config.license = account.license.value if account.license else ""
+    config.license = str(account.license or "")
     config.token = plaintext(account.access_token)
     config.secret_key = plaintext(account.secret_key)
     config.token_refresh_duration = config.retry_max_tries = 0

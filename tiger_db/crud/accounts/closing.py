@@ -203,7 +203,7 @@ async def _end(
     session: AsyncSession, entity: type[E_], rows: list[E_], **values: object
 ) -> list[tuple[E_, str]]:
     """Update locked rows. Return each updated row with its old status."""
-    old = {row.id: row.status.value for row in rows}
+    old = {row.id: str(row.status) for row in rows}
     statement = sql_update(entity).where(col(entity.id).in_(old)).values(**values)
     changed = await fetch_all(session, statement.execution_options(**RECORDED).returning(entity))
     return [(row, old[row.id]) for row in changed]

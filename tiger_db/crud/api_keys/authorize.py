@@ -67,6 +67,7 @@ WHERE k.key_prefix = $1
 _NAMES = column_names(APIKey)
 # Each use of an API key changes the columns in _COUNTERS.
 _COUNTERS = ("usage_count", "last_used_at", "updated_at")
+_STATUSES = frozenset(APIKeyStatus)
 # _REPLACE_HASH replaces the hash of an API key, unless another transaction has already replaced the
 # hash or changed a signed column. With SKIP LOCKED, an authorization never waits for a row lock.
 _REPLACE_HASH = """
@@ -365,7 +366,7 @@ async def _verify(
         APIKeyExpired, APIKeyRevoked: the row has no valid code, and the API key is not in force.
     """
     peppers = peppers_of(info)
-    key_hash, pepper_id = row.columns.get("key_hash", ""), row.columns.get("pepper_id")
+    key_hash, pepper_id = row.columns.get("key_hash") or "", row.columns.get("pepper_id")
     if not await verify_secret(peppers, parsed.secret, key_hash, pepper_id):
         raise InvalidAPIKey
     refuse_unpeppered(info, pepper_id, row.now)
@@ -373,7 +374,8 @@ async def _verify(
     signed = check_stored_code(peppers, row.columns)
     if signed is not CodeState.VALID:
         # Plain SQL can revoke an API key, although the authentication code is then wrong.
-        check_in_force(APIKeyStatus(row.columns["status"]), row.expires_at, row.now)
+        if (status := row.columns["status"]) in _STATUSES:
+            check_in_force(APIKeyStatus(status), row.expires_at, row.now)
         refuse_unauthentic(info, signed, row.now)
     if session is not None:
         key = merge_row(session.sync_session, APIKey, row.values)

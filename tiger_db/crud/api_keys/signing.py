@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Text, and_, any_, cast, func, literal, select
+from sqlalchemy import Table, Text, and_, any_, cast, func, literal, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import class_mapper
@@ -23,6 +23,7 @@ from tiger_db.crud.api_keys.hashing import peppers_of
 from tiger_db.crud.audit_logs.recording import api_key_event, log_events
 from tiger_db.crud.common import execute_driver_sql, fetch_all
 from tiger_db.models import APIKey, APIKeyStatus, AuditAction
+from tiger_db.models.base import readable_rules
 from tiger_db.peppers import Peppers
 from tiger_db.public import public
 
@@ -64,7 +65,11 @@ async def sign(session: AsyncSession, keys: Iterable[APIKey]) -> list[APIKey]:
     }
     # Each item of IN would be a parameter, of which a statement can have at most 32,767.
     is_confirmed = col(APIKey.id) == any_(literal([*confirmed], ARRAY(UUID)))
-    statement = select(APIKey).where(is_confirmed).order_by(col(APIKey.id))
+    table = class_mapper(APIKey).local_table
+    assert isinstance(table, Table)
+    # A row with other values than its APIKey object shows is never signed.
+    is_readable = [text(f"({rule}) IS NOT FALSE") for rule in readable_rules(table).values()]
+    statement = select(APIKey).where(is_confirmed, *is_readable).order_by(col(APIKey.id))
     rows = await fetch_all(session, statement.with_for_update(key_share=True))
     signed = [
         row

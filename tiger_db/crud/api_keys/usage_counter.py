@@ -21,7 +21,8 @@ _HOUR_SECONDS = 3600
 
 # With SKIP LOCKED, a write of usage counts never waits for another transaction. If another
 # transaction has locked the row of an API key, the key's usage counts stay in memory until the next
-# batch. Usage counts of deleted keys are dropped.
+# batch. Usage counts of deleted keys are dropped. A stored count above 2**62, which only plain SQL
+# can have written, is lowered to 2**62, so that the sum does not overflow and make the batch fail.
 _WRITE = """
 WITH given AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:hours AS timestamptz[]),
@@ -33,13 +34,15 @@ WITH given AS (
     SELECT given.* FROM given JOIN locked USING (id)
 ), used AS (
     UPDATE api_keys AS k
-    SET usage_count = k.usage_count + c.count, last_used_at = greatest(k.last_used_at, c.at)
+    SET usage_count = least(k.usage_count, 4611686018427387904) + c.count,
+        last_used_at = greatest(k.last_used_at, c.at)
     FROM (SELECT id, sum(count)::bigint AS count, max(at) AS at FROM counted GROUP BY id) AS c
     WHERE k.id = c.id
 ), hourly AS (
     INSERT INTO api_key_usage AS u (api_key_id, hour, count)
     SELECT id, hour, count FROM counted ORDER BY id, hour
-    ON CONFLICT (api_key_id, hour) DO UPDATE SET count = u.count + excluded.count
+    ON CONFLICT (api_key_id, hour)
+    DO UPDATE SET count = least(u.count, 4611686018427387904) + excluded.count
 )
 SELECT pg_current_xact_id(), ARRAY(SELECT id FROM api_keys WHERE id IN (SELECT id FROM given)
     EXCEPT SELECT id FROM locked)

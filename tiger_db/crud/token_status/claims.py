@@ -10,7 +10,12 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from tiger_db.crud.common import execute_driver_sql, get_or_raise
 from tiger_db.crud.pagination import check_limit
-from tiger_db.crud.token_status.outcomes import ANSWER_LOST, fail_expired_leases, update_claimed
+from tiger_db.crud.token_status.outcomes import (
+    ANSWER_LOST,
+    IS_LAST_ATTEMPT,
+    fail_expired_leases,
+    update_claimed,
+)
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.base import hydrate, row_expression
@@ -23,7 +28,9 @@ CLAIM = f"""
 WITH due AS (%s)
 UPDATE token_statuses t
 SET status = 'in_progress', worker = $1, started_at = clock_timestamp(),
-    lease_expires_at = clock_timestamp() + $2::interval, fencing_token = t.fencing_token + 1,
+    lease_expires_at = clock_timestamp() + $2::interval,
+    -- The number of a row that plain SQL has set to the greatest integer starts again at 1.
+    fencing_token = t.fencing_token %% 9223372036854775807 + 1,
     -- A refresh that is claimed early is due now, so that another worker finds its expired lease.
     scheduled_at = least(t.scheduled_at, clock_timestamp()),
     -- An expired lease counts as a failed attempt: the broker's answer may be lost.
@@ -37,9 +44,9 @@ WHERE t.id = due.id
 RETURNING {row_expression(TokenStatus, "t")} AS refresh,
     {row_expression(TigerAccount, "a")} AS account
 """  # noqa: S608  # names of columns
-_IS_CLAIMABLE = """t.status IN ('pending', 'in_progress')
+_IS_CLAIMABLE = f"""t.status IN ('pending', 'in_progress')
     AND (t.status = 'pending'
-        OR t.lease_expires_at < clock_timestamp() AND t.retry_count + 1 < t.max_retries)"""
+        OR t.lease_expires_at < clock_timestamp() AND NOT {IS_LAST_ATTEMPT})"""
 # LIMIT is a constant, because PostgreSQL would plan a statement with a LIMIT parameter at every
 # execution.
 DUE = f"""

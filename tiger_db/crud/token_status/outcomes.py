@@ -102,6 +102,9 @@ WITH account AS (
 SELECT {row_expression(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
+# The integers of a row that plain SQL has set to the greatest integer must not make the statements
+# for all rows fail.
+_MAX_COUNT = 2**63 - 2
 # The statement _FAIL_UNKNOWN ends attempts with an unknown outcome. The row or the broker's answer
 # is possibly invalid, so the statement _FAIL_UNKNOWN loads no entity and writes only constants.
 _FAIL_UNKNOWN = f"""
@@ -112,7 +115,7 @@ WITH attempt AS (%s), refresh AS (
             ELSE clock_timestamp() + $1::interval END,
         completed_at = CASE WHEN attempt.given_up THEN clock_timestamp() END,
         next_refresh_at = CASE WHEN attempt.given_up THEN clock_timestamp() + $1::interval END,
-        retry_count = t.retry_count + 1, lease_expires_at = NULL,
+        retry_count = least(t.retry_count, {_MAX_COUNT}) + 1, lease_expires_at = NULL,
         details = CASE jsonb_typeof(t.details) WHEN 'object' THEN t.details ELSE '{{}}' END
             || '{{"{ANSWER_LOST}": true}}',
         error_code = '{AnswerLost.__name__}', error_message = '{UNKNOWN_OUTCOME}'
@@ -121,8 +124,9 @@ WITH attempt AS (%s), refresh AS (
     RETURNING t.id, t.tiger_account_id, t.status, t.trigger
 ), account AS (
     UPDATE tiger_accounts a
-    SET error_count = a.error_count + 1, last_error = '{UNKNOWN_OUTCOME}', last_error_at = now(),
-        failing_until = CASE WHEN a.error_count + 1 >= $2 THEN now() + $3::interval
+    SET error_count = least(a.error_count, {_MAX_COUNT}) + 1,
+        last_error = '{UNKNOWN_OUTCOME}', last_error_at = now(),
+        failing_until = CASE WHEN a.error_count >= $2 - 1 THEN now() + $3::interval
             ELSE a.failing_until END
     FROM refresh WHERE a.id = refresh.tiger_account_id AND refresh.status = 'failed'
     RETURNING a.id, a.error_count, a.failing_until
@@ -130,18 +134,18 @@ WITH attempt AS (%s), refresh AS (
 SELECT refresh.*, account.error_count, account.failing_until
 FROM refresh LEFT JOIN account ON account.id = refresh.tiger_account_id
 """  # noqa: S608  # constants
-_IS_LAST_ATTEMPT = "t.retry_count + 1 >= t.max_retries"
+IS_LAST_ATTEMPT = "t.retry_count >= greatest(t.max_retries, 1) - 1"
 # Locked rows are skipped, so that a call of `claim_due` never waits for a row lock.
 _EXPIRED_LEASES = f"""
     SELECT t.id, t.fencing_token, true AS given_up
     FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
     WHERE t.status IN ('pending', 'in_progress') AND t.status = 'in_progress'
         AND t.scheduled_at <= clock_timestamp() AND t.lease_expires_at < clock_timestamp()
-        AND {_IS_LAST_ATTEMPT} AND t.id <> ALL ($4)
+        AND {IS_LAST_ATTEMPT} AND t.id <> ALL ($4)
     ORDER BY t.scheduled_at LIMIT {_EXPIRED_LEASES_LIMIT} FOR NO KEY UPDATE OF t, a SKIP LOCKED
 """  # noqa: S608  # a constant
 _HELD_CLAIM = f"""
-    SELECT t.id, t.fencing_token, {_IS_LAST_ATTEMPT} AS given_up
+    SELECT t.id, t.fencing_token, {IS_LAST_ATTEMPT} AS given_up
     FROM tiger_accounts a JOIN token_statuses t ON t.tiger_account_id = a.id
     WHERE t.id = $4 AND t.fencing_token = $5 AND t.status = 'in_progress' FOR NO KEY UPDATE OF a
 """  # noqa: S608  # a constant

@@ -23,12 +23,15 @@ from tiger_db.models import (
     AuditAction,
     RefreshTrigger,
     TigerAccount,
+    TigerEnvironment,
     TokenRefreshStatus,
     TokenStatus,
 )
 from tiger_db.models.accounts import ACTIVE_WITH_TOKEN, due_tokens
 from tiger_db.models.token_status import FOUND, OPEN_STATUSES
 from tiger_db.public import public
+
+_ENVIRONMENTS = frozenset(TigerEnvironment)
 
 
 @public
@@ -214,7 +217,7 @@ async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
     """
     refresh = await get_or_raise(session, TokenStatus, refresh_id, lock=True)
     if not refresh.is_open:
-        raise InvalidState(f"a refresh with status {refresh.status.value} cannot be cancelled")
+        raise InvalidState(f"a refresh with status {refresh.status} cannot be cancelled")
     await update_refresh(
         session,
         col(TokenStatus.id) == refresh_id,
@@ -241,7 +244,7 @@ async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
     await _lock_account(session, refresh.tiger_account_id)
     refresh = await get_or_raise(session, TokenStatus, refresh_id, lock=True)
     if refresh.status != TokenRefreshStatus.FAILED:
-        raise InvalidState(f"a refresh with status {refresh.status.value} cannot be tried again")
+        raise InvalidState(f"a refresh with status {refresh.status} cannot be tried again")
     async with savepoint(session):
         await update_refresh(
             session,
@@ -305,7 +308,8 @@ async def _open(
             tiger_account_id=account.id,
             trigger=trigger,
             old_token_expires_at=account.token_expires_at,
-            environment=account.environment,
+            # A label that a newer release has added to the enum is read as a text.
+            environment=account.environment if account.environment in _ENVIRONMENTS else None,
             **values,
         )
         for account, trigger in accounts
