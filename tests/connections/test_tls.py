@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from tests.support.refused_settings import SECRET
+from tiger_db import Database
 from tiger_db.connections import connect
 from tiger_db.connections.error_advice import explain
 from tiger_db.encryption import generate_key
@@ -486,6 +487,14 @@ async def test_the_message_of_a_bad_file_names_its_variable(
     )
     with pytest.raises(ConfigurationError, match=r"^DATABASE_URL: ssl"):
         await connect(url)
+
+
+@pytest.mark.parametrize("name", ["ca", "cert"])
+async def test_a_missing_file_is_found_before_the_first_connection(name: str) -> None:
+    files = {"ca": ["db_ssl_ca"], "cert": ["db_ssl_cert", "db_ssl_key"]}
+    settings = Settings(db_host="localhost", **dict.fromkeys(files[name], "/nowhere"))
+    with pytest.raises(ConfigurationError, match=f"^DB_SSL_{name.upper()} cannot be read: No such"):
+        Database(settings)
 
 
 @pytest.mark.parametrize("mode", ["verify-ca", "verify-full"])

@@ -374,6 +374,22 @@ async def test_a_token_file_beside_that_cannot_be_read_is_named(
         await import_account(session, config(tmp_path, REQUIRED))
 
 
+@pytest.mark.parametrize("place", ["in the configuration file", "in the token file", "later"])
+async def test_text_that_is_no_token_is_refused_where_the_license_needs_a_token(
+    session: AsyncSession, tmp_path: Path, place: str
+) -> None:
+    """Its expiry would be unknown, so that the account would serve requests with it for ever."""
+    lines = REQUIRED | {"license": "TBHK"}
+    path = config(tmp_path, lines | ({"token": "abc"} if "conf" in place else {}))
+    if place == "later":  # the stored license counts
+        await import_account(session, path)
+        config(tmp_path, REQUIRED)
+    named = path if "conf" in place else config(tmp_path, {"token": "abc"}, TOKEN_FILE)
+    with pytest.raises(InvalidValue) as refused:
+        await import_account(session, path)
+    assert str(refused.value) == f"{named}: token: the value is not an access token of Tiger"
+
+
 async def test_a_missing_token_is_a_warning_where_the_license_needs_one(
     session: AsyncSession, tmp_path: Path
 ) -> None:

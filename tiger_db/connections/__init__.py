@@ -237,7 +237,11 @@ def create_engine(
 
     The engine raises an error of `tiger_db.errors` if a connection fails, a timeout expires, or
     another transaction causes a conflict.
+
+    Raises:
+        ConfigurationError: a file that a `DB_SSL_*` variable names cannot be read.
     """
+    tls.check_files(settings)
     engine = create_async_engine(
         "postgresql+asyncpg://",
         connect_args={

@@ -78,6 +78,20 @@ async def _attempt(
         raise
 
 
+def check_files(settings: Settings) -> None:
+    """Check that the files of the TLS parameters can be read, before the first connection.
+
+    Raises:
+        ConfigurationError: a file cannot be read.
+    """
+    parameters = settings.tls
+    if parameters.get("sslmode") == SSLMode.DISABLE:
+        return
+    for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey"):
+        if parameters.get(name, SYSTEM_CA) != SYSTEM_CA:
+            _check_readable(settings, parameters, name)
+
+
 def _context(settings: Settings, parameters: dict[str, str]) -> ssl.SSLContext:
     mode, ca = parameters.get("sslmode", "prefer"), parameters.get("sslrootcert")
     if ca is None and mode in (SSLMode.VERIFY_CA, SSLMode.VERIFY_FULL):

@@ -89,6 +89,12 @@ async def import_account(
     if name is None:
         draft.account_name = draft.account_number
     stored = await crud.accounts.get_by_account_number(session, values["account"])
+    license_ = draft.license or (stored and stored.license)
+    used = given.get("access_token")
+    if license_ in LICENSES_WITH_TOKEN and used is not None and token_times(used) is None:
+        # A token with an unknown expiry would count as valid, and would never be refreshed.
+        file = token_file if used == token else config_file
+        raise InvalidValue(f"{file}: token: the value is not an access token of Tiger")
     if stored is None:
         account, changed, token_kept = await crud.accounts.create(session, draft), [*given], False
     else:
