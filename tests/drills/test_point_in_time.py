@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from tests.docs.pages import blocks
 from tests.support import factories
 from tests.support.clusters import Server, first_server, needs_postgresql
 from tests.support.drills import Installation, load, run_command
@@ -43,6 +45,7 @@ pg1-socket-path={home}
 pg1-user=tiger_db
 pg1-database=postgres
 """
+TARGET = '--target="2026-11-29 17:43:34+00"'
 ARCHIVING = """
 archive_mode = on
 archive_command = 'pgbackrest --config={home}/pgbackrest.conf --stanza=tiger archive-push %p'
@@ -57,6 +60,10 @@ class Archived:
     server: Server
 
     def pgbackrest(self, *arguments: str) -> None:
+        """Run a command of docs/backup.md."""
+        command = " ".join(["pgbackrest", "--stanza=tiger", *arguments])
+        command = re.sub(r"--target=\S+ \S+", TARGET, command)
+        assert [text for _, text in blocks("docs/backup.md") if f"{command}\n" in text]
         done = subprocess.run(
             ["pgbackrest", f"--config={self.home}/pgbackrest.conf", "--stanza=tiger", *arguments],
             cwd="/",

@@ -39,12 +39,12 @@ KEYS = {"encryption_keys": generate_key(), "api_key_peppers": generate_key()}
 LOOPBACK = "127.0.0.1"
 
 
-def run(program: str, *arguments: str) -> None:
+def run(program: str, *arguments: str, programs: Path | None = PROGRAMS) -> None:
     """Run a program of PostgreSQL as an ordinary user, because it refuses root."""
-    assert PROGRAMS
+    assert programs
     root = os.geteuid() == 0
     subprocess.run(
-        [PROGRAMS / program, *arguments],
+        [programs / program, *arguments],
         check=True,
         cwd="/",
         stdin=subprocess.DEVNULL,
