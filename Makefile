@@ -65,8 +65,9 @@ soak: $(READY) ## run the stress tests at their full length (minutes)
 drills: $(READY) $(PATRONI)/.ready ## run the drills of restores and failovers: needs PostgreSQL, pgbackrest and etcd
 	@PATH="$(CURDIR)/$(PATRONI)/bin:$$PATH" $(RUN)/python -m pytest -m "drill or slow" tests/drills $(ARGS)
 
+# The user postgres runs Patroni, and cannot enter the folder of root's own Python.
 $(PATRONI)/.ready:
-	@$(PYTHON) -m venv --clear $(PATRONI)
+	@$(firstword $(wildcard /usr/bin/python3) $(PYTHON)) -m venv --clear $(PATRONI)
 	@$(PATRONI)/bin/python -m pip install --quiet --disable-pip-version-check "patroni[etcd3]~=4.1" "psycopg[binary]~=3.3"
 	@touch $@
 
