@@ -18,12 +18,6 @@ def home() -> Iterator[Path]:
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres", "postgres")
     yield folder
-        folder,
-        "/tmp/drills/kept",
-        dirs_exist_ok=True,
-        ignore_dangling_symlinks=True,
-        ignore=shutil.ignore_patterns(".s.*", "pg_*", "base"),
-    )
     shutil.rmtree(folder)
 
 

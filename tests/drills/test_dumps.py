@@ -119,7 +119,7 @@ async def test_without_the_encryption_key_the_credentials_are_lost_and_can_be_re
         async with database.session() as session:
             found = await crud.accounts.get(session, filled.account)
             assert found is not None
-            found.private_key = SecretStr("a new key")
+            found.private_key = "a new key"
         assert await private_key_of(database, filled.account) == "a new key"
         assert await KeyVerifier(database).verify(filled.raw_key)  # without this encryption key
         assert (await audit.verify(database)).sound
