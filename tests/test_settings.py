@@ -61,6 +61,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "AUDIT_SIGNING_KEY": ("abc", "abc"),
     "AUDIT_SIGNING_KEY_FILE": ("/run/secrets/seal", Path("/run/secrets/seal")),
     "AUDIT_CHECKPOINTS": ("/srv/checkpoints", Path("/srv/checkpoints")),
+    "AUDIT_ARCHIVE": ("s3://bucket/prefix", "s3://bucket/prefix"),
     "AUDIT_RETENTION_MONTHS": ("84", 84),
     "ACCOUNT_FAILING_AFTER": ("5", 5),
     "ACCOUNT_FAILING_FOR": ("0.5", 0.5),
@@ -122,6 +123,7 @@ BAD = {
     "DB_NAME": ["\udcff"],
     "DB_SCHEMA": ["pg_temp", "pg_x", "information_schema", "$user", "a" * 64, "é" * 32, "\udcff"],
     "DB_USER": ["\udcff"],
+    "AUDIT_ARCHIVE": ["gs://bucket/prefix", "s3://", "s3:///prefix", "s3://key:secret@bucket/x"],
     "AUDIT_RETENTION_MONTHS": ["0", "-1", "1201", "1.5", "ever"],
     "ACCOUNT_FAILING_AFTER": ["0", "-1", "1000001", "1.5", "three"],
     "ACCOUNT_FAILING_FOR": ["0", "-1", "nan", "inf", "86401", "5m", "PT5M"],
@@ -145,6 +147,7 @@ SHOWN = {
     "DB_SCHEMA",
     "DB_USER",
     "TIGER_DB_HOME",
+    "AUDIT_ARCHIVE",
     "AUDIT_CHECKPOINTS",
 } | {n for n in VARIABLES if "_SSL_" in n}
 

@@ -66,7 +66,7 @@ def output_files(
         if obsolete is not None and os.path.lexists(obsolete) and not _is_stream(obsolete.lstat()):
             obsolete.unlink()
         for folder in {target.parent for _, unfinished, target in outputs if unfinished}:
-            sync_folder(folder)
+            sync_path(folder)
         undo.pop_all()
 
 
@@ -136,8 +136,8 @@ def remove_unfinished(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def sync_folder(path: Path) -> None:
-    """Write the directory entries of a folder to the disk with fsync().
+def sync_path(path: Path) -> None:
+    """Write a file, or the directory entries of a folder, to the disk with fsync().
 
     Windows cannot open a folder, and writes the directory entries without fsync().
     """

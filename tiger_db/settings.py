@@ -127,6 +127,16 @@ def _schema_name(value: str) -> str:
     return value
 
 
+def _archive(value: str) -> str:
+    """Check the location of the archive: a folder, or `s3://bucket/prefix`."""
+    scheme, separator, rest = value.partition("://")
+    if separator and (scheme != "s3" or not re.match(r"[^/?#@]", rest)):
+        raise ValueError("the value must be a folder, or a URL such as s3://bucket/prefix")
+    if "@" in rest.partition("/")[0]:
+        raise ValueError("the URL must not contain credentials: set the variables of AWS")
+    return value
+
+
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 File = Annotated[Path, AfterValidator(_without_nul)]
 Port = Annotated[int, BeforeValidator(_port), Field(ge=1, le=65535)]
@@ -235,6 +245,9 @@ class Settings(BaseSettings):
     audit_signing_key_file: File | None = None
     audit_checkpoints: File | None = Field(
         default=None, description="folder of the checkpoints that a sealer saves and compares"
+    )
+    audit_archive: Annotated[Text, AfterValidator(_archive)] | None = Field(
+        default=None, description="folder or s3:// URL that months are written to"
     )
     audit_retention_months: int | None = Field(default=None, ge=1, le=1200)
 

@@ -1,5 +1,6 @@
 """Audit trail: signed seals of audit events, verification, exports, and monthly retention."""
 
+from tiger_db.audit.archiving import ArchivedMonth, archive
 from tiger_db.audit.chain import AuditFinding, FindingKind
 from tiger_db.audit.checkpoints import read_checkpoint
 from tiger_db.audit.exporting import export, export_checkpoint
@@ -12,6 +13,7 @@ from tiger_db.audit.sealing import Sealing, change_signing_key, repair_sequence,
 from tiger_db.audit.verifying import Verification, verify, verify_export
 
 __all__ = [
+    "ArchivedMonth",
     "AuditFinding",
     "FindingKind",
     "Maintenance",
@@ -20,6 +22,7 @@ __all__ = [
     "SealPayload",
     "Sealing",
     "Verification",
+    "archive",
     "change_signing_key",
     "export",
     "export_checkpoint",

@@ -29,6 +29,7 @@ class FindingKind(StrEnum):
     CLOCK = "clock went back"
     PROTECTION = "protection weakened"
     RESTORED = "lost by a restore"
+    ARCHIVE = "archive changed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,33 +5,35 @@ import io
 import json
 import re
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Literal, Unpack
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, select, text
+from sqlalchemy import ARRAY, BigInteger, ColumnElement, Select, Text, bindparam, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col
 
 from tiger_db.audit import storage
+from tiger_db.audit.archive_reading import merge_archived_events, read_archived_events
+from tiger_db.audit.archiving import open_configured
 from tiger_db.audit.checkpoints import checkpoint_text
 from tiger_db.audit.event_content import CONTENT_COLUMNS, Event
+from tiger_db.audit.event_members import split_members, text_of
 from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
 from tiger_db.crud.audit_logs.queries import EventFilters, event_conditions
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound
-from tiger_db.models import AuditLog
+from tiger_db.models import AuditLog, metadata
 from tiger_db.public import Progress, no_progress, public
 from tiger_db.sqlstates import raw_errors, typed
 
+_TABLE = metadata.tables["audit_logs"]
 CSV_COLUMNS = ("position", *CONTENT_COLUMNS)
 _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
 _BATCH_EVENTS = 1000  # number of events in each batch of an export
 _BYTE_ORDER_MARK = "\ufeff"
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
-# A string, a bracket, or a number, boolean or null, in JSON.
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|[^\s"\[\]{},:]+')
 
 
 @public
@@ -40,6 +42,7 @@ def export(
     *,
     form: Literal["jsonl", "csv"] = "jsonl",
     byte_order_mark: bool = False,
+    archive: bool = False,
     progress: Progress = no_progress,
     **filters: Unpack[EventFilters],
 ) -> AsyncGenerator[str, None]:
@@ -55,6 +58,10 @@ def export(
     a formula gets a leading apostrophe. If `byte_order_mark` is true, the first line begins with
     U+FEFF. Without this character, Excel reads a UTF-8 file in another encoding.
 
+    If `archive` is true, the export includes the retired events in `AUDIT_ARCHIVE`. An export
+    without filters has them at their positions. An export with filters starts with them, in the
+    order of positions. PostgreSQL applies the filters to these events, too.
+
     The memory use of `export` does not depend on the number of events. After each batch of events,
     `export` calls `progress` with two arguments: the number of events that `export` has yielded so
     far, and None.
@@ -67,7 +74,10 @@ def export(
     if byte_order_mark and form != "csv":
         raise InvalidValue("byte_order_mark requires the form csv: JSON must not begin with U+FEFF")
     conditions = event_conditions(**filters)
-    items = _matching_events(database, conditions) if conditions else _whole_trail(database)
+    if conditions:
+        items = _matching_events(database, conditions, archive=archive)
+    else:
+        items = _whole_trail(database, archive=archive)
     header = _csv_line(CSV_COLUMNS) if form == "csv" else ""
     return _lines(items, form, _BYTE_ORDER_MARK + header if byte_order_mark else header, progress)
 
@@ -96,14 +106,18 @@ async def _lines(
     progress(count, None)
 
 
-async def _whole_trail(database: Database) -> AsyncGenerator[Seal | Event, None]:
+async def _whole_trail(database: Database, *, archive: bool) -> AsyncGenerator[Seal | Event, None]:
+    files = await open_configured(database) if archive else None
     async with storage.open_snapshot(database) as connection:
-        async for item in storage.read_trail(connection):
+        trail = storage.read_trail(connection)
+        if files is not None:
+            trail = merge_archived_events(trail, read_archived_events(connection, files))
+        async for item in trail:
             yield item
 
 
 async def _matching_events(
-    database: Database, conditions: list[ColumnElement[bool]]
+    database: Database, conditions: list[ColumnElement[bool]], *, archive: bool
 ) -> AsyncGenerator[Seal | Event, None]:
     statement: Select[UUID] = (
         select(col(AuditLog.id))
@@ -111,7 +125,15 @@ async def _matching_events(
         .order_by(col(AuditLog.id))
         .execution_options(yield_per=_BATCH_EVENTS)
     )
-    async with database.session() as session:
+    async with AsyncExitStack() as stack:
+        if archive:
+            files = await open_configured(database)
+            # No month can be retired before the end of this snapshot, which locks `audit_logs`.
+            connection = await stack.enter_async_context(storage.open_snapshot(database))
+            async for batch in read_archived_events(connection, files):
+                for event in await _filter_archived(database, batch, conditions):
+                    yield event
+        session = await stack.enter_async_context(database.session())
         try:
             for setting in storage.SESSION_SETTINGS:
                 await session.execute(text(f"SET LOCAL {setting}"))
@@ -126,30 +148,36 @@ async def _matching_events(
             raise typed(error) from None
 
 
+# A common table expression that takes the place of the table `audit_logs` in a statement. The
+# member `created_at` is left out: no filter reads it, and its form is not always that of a time.
+_ARCHIVED_ROWS = """
+SELECT (jsonb_populate_record(NULL::audit_logs,
+    content::jsonb - 'created_at' || jsonb_build_object('position', position))).*
+FROM unnest(CAST(:positions AS bigint[]), CAST(:contents AS text[])) AS archived (position, content)
+"""
+
+
+async def _filter_archived(
+    database: Database, events: list[Event], conditions: list[ColumnElement[bool]]
+) -> list[Event]:
+    """Return the archived events that match the conditions, which PostgreSQL evaluates."""
+    positions, contents = zip(*events, strict=True)
+    rows = text(_ARCHIVED_ROWS).bindparams(
+        bindparam("positions", [*positions], ARRAY(BigInteger)),
+        bindparam("contents", [*contents], ARRAY(Text)),
+    )
+    shadow = rows.columns(*_TABLE.columns).cte(_TABLE.name)
+    async with database.session() as session:
+        statement = select(col(AuditLog.position)).where(*conditions).add_cte(shadow)
+        found = {*await session.scalars(statement)}
+    return [event for event in events if event[0] in found]
+
+
 def _cells(content: str) -> Iterator[str | None]:
     """Yield the CSV cells of an event. Each number has all digits that the database printed."""
-    at = 0
-    for name in CONTENT_COLUMNS:
-        member = f'{"{" if name == "id" else ","}"{name}":'
-        if not content.startswith(member, at):
-            yield None
-            continue
-        start = at + len(member)
-        at = _end_of_value(content, start)
-        text = content[start:at]
-        if text.startswith('"'):
-            text = json.loads(text)
-        yield f"'{text}" if text.startswith(_FORMULA_PREFIXES) else text
-
-
-def _end_of_value(content: str, start: int) -> int:
-    """Return the end of the JSON value at `start`. Python's parser fails for deeply nested JSON."""
-    depth = 0
-    for token in _TOKEN.finditer(content, start):
-        depth += (token[0] in "[{") - (token[0] in "]}")
-        if depth == 0:
-            return token.end()
-    return len(content)
+    for member in split_members(content):
+        text = text_of(member)
+        yield f"'{text}" if text is not None and text.startswith(_FORMULA_PREFIXES) else text
 
 
 def _csv_line(cells: Iterable[object]) -> str:

@@ -2,8 +2,8 @@
 
 import asyncio
 import re
-from array import array
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -13,7 +13,16 @@ import asyncpg
 
 from tiger_db.actor import attribute
 from tiger_db.audit import storage
-from tiger_db.audit.seal_format import Seal, digest_of, merkle_root
+from tiger_db.audit.archiving import ArchivedMonth, archive_month, open_configured
+from tiger_db.audit.months import (
+    NOT_SEALED,
+    ArchiveBusyError,
+    CannotRetireError,
+    find_sealed_month,
+    partition_of,
+    sealed_events,
+)
+from tiger_db.audit.seal_format import MerkleTree
 from tiger_db.audit.sealer import Sealer, check_clocks, required_key
 from tiger_db.audit.storage import Connection
 from tiger_db.database import Database
@@ -21,7 +30,7 @@ from tiger_db.errors import DatabaseUnavailable
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.models import AuditAction, AuditLog
 from tiger_db.models.audit_logs import insert_events
-from tiger_db.public import public
+from tiger_db.public import Progress, no_progress, public
 
 T = TypeVar("T")
 _LOCK_ATTEMPTS = 5
@@ -29,28 +38,11 @@ _RETRY_PAUSE_SECONDS = 1.0
 # Other transactions queue behind a DDL statement that waits for a table lock. The lock timeout is
 # shorter than deadlock_timeout (1 s), so that PostgreSQL aborts no writer because of a deadlock.
 _LOCK_TIMEOUT = "800ms"
-_NOT_SEALED = "the month holds events that are not sealed: run `tiger-db seal-audit`"
 _PARTITION_NAME = re.compile(r"audit_logs_(\d{4})_(\d{2})")
 _SELECT_PARTITIONS = """
 SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
 WHERE inhparent = 'audit_logs'::regclass::oid ORDER BY relname
 """
-# The seals that cover positions between $1 and $2, and the neighbors of these seals.
-_SELECT_COVERING_SEALS = """
-WITH seals AS (
-    SELECT *, (statement::jsonb ->> text 'after')::bigint AS after,
-        (statement::jsonb ->> text 'upto')::bigint AS upto
-    FROM audit_seals WHERE NOT statement::jsonb ? text 'retired'
-)
-SELECT statement, signature, digests, number FROM seals,
-    (SELECT min(after) AS low, max(upto) AS high FROM seals WHERE upto >= $1 AND after < $2) AS r
-WHERE upto >= low AND after <= high ORDER BY number
-"""
-_SELECT_RETIREMENTS = """
-SELECT statement, signature, digests, number FROM audit_seals
-WHERE number > 0 AND statement::jsonb ? text 'retired' ORDER BY number
-"""
-_SELECT_POSITIONS = "SELECT position FROM audit_logs WHERE position BETWEEN $1 AND $2"
 
 
 @dataclass(slots=True)
@@ -63,12 +55,8 @@ class Maintenance:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-class _CannotRetireError(Exception):
-    """An error whose message is the reason why a month cannot be retired."""
-
-
 @public
-async def maintain(database: Database) -> Maintenance:
+async def maintain(database: Database, *, progress: Progress = no_progress) -> Maintenance:
     """Create the partitions of the next months, and retire old months.
 
     Events in the default partition are moved to the partitions of the events' months. A month is
@@ -76,10 +64,17 @@ async def maintain(database: Database) -> Maintenance:
     month is retired if all events of the month are sealed and unchanged. The oldest month is
     retired first. A new seal records the retirement; the seals of the removed events are kept.
 
+    If `AUDIT_ARCHIVE` is set, a month is first written to the archive. The files are read back, and
+    must have exactly the events of the month. The seal of the retirement signs their names, numbers
+    of rows and SHA-256 digests. While it archives, `maintain` calls `progress` with the number of
+    events of the month that were written or read back, and with the total of both.
+
     Several calls of `maintain` can run at the same time, on any number of machines.
 
     Raises:
-        ConfigurationError: A month is due for retirement, and `AUDIT_SIGNING_KEY` is not set.
+        ConfigurationError: A month is due for retirement, and `AUDIT_SIGNING_KEY` is not set, or
+            `AUDIT_ARCHIVE` is set and pyarrow is not installed.
+        FileError: A file of the archive cannot be written or read back. The month stays.
         InvalidState: `AUDIT_RETENTION_MONTHS` is set, and the clocks of the database and of this
             machine differ by more than a minute, or the chain of seals is broken.
         DatabaseUnavailable: Another transaction locked `audit_logs` for too long. After the end of
@@ -96,15 +91,33 @@ async def maintain(database: Database) -> Maintenance:
             kept_from = first_kept_month(
                 await connection.fetchval("SELECT clock_timestamp()"), datetime.now(UTC), retention
             )
-            sealer = None
+            sealer, files = None, None
             for month in await _due_months(connection, kept_from):
                 if sealer is None:
                     key = await required_key(database)
                     folder = database.settings.audit_checkpoints
                     sealer = await Sealer.open(connection, key, folder)
+                    if database.settings.audit_archive is not None:
+                        files = await open_configured(database)
                 try:
-                    await _with_lock_retries(connection, partial(_retire, sealer, month, kept_from))
-                except _CannotRetireError as reason:
+                    archived = None
+                    if files is not None:
+                        archived = await _with_lock_retries(
+                            connection,
+                            partial(
+                                archive_month,
+                                connection,
+                                files,
+                                month,
+                                written_before=kept_from,
+                                progress=progress,
+                            ),
+                        )
+                    retire = partial(_retire, archives=files is not None, archived=archived)
+                    await _with_lock_retries(connection, partial(retire, sealer, month, kept_from))
+                except ArchiveBusyError:
+                    break  # the other session retires the months
+                except CannotRetireError as reason:
                     done.kept[month] = str(reason)
                     break  # `maintain` retires a month only after all earlier months
                 done.retired.append(month)
@@ -158,96 +171,57 @@ async def _due_months(connection: Connection, kept_from: datetime) -> list[str]:
     ]
 
 
-async def _retire(sealer: Sealer, month: str, kept_from: datetime) -> None:
+async def _retire(
+    sealer: Sealer,
+    month: str,
+    kept_from: datetime,
+    *,
+    archives: bool,
+    archived: ArchivedMonth | None,
+) -> None:
     """In one transaction, drop a month's partition and append a seal that records the removal.
 
+    If `archives` is true, the events must be in the archive, as `archived` says.
+
     Raises:
-        _CannotRetireError: The month has an event that is unsealed, was changed, or was written
-            after the month.
+        CannotRetireError: The month has an event that is unsealed, was changed, or was written
+            after the month, or the archive does not have exactly the events of the month.
     """
-    partition, connection = f"audit_logs_{month.replace('-', '_')}", sealer.connection
+    partition, connection = partition_of(month), sealer.connection
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(storage.TAKE_SEALING_LOCK)
         if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
             return  # a concurrent call of `maintain` dropped the partition
-        first, last, is_old, count = await connection.fetchrow(
-            f"SELECT min(position), max(position), max(created_at) < $1, count(*) FROM {partition}",  # noqa: S608  # from _SELECT_PARTITIONS
-            kept_from,
+        await sealer.catch_up()
+        found = await find_sealed_month(
+            connection, month, sealer.chain.upto, written_before=kept_from
         )
-        if first is not None:
-            await sealer.catch_up()
-            if not is_old:
-                raise _CannotRetireError(
-                    "the month holds events that were written in a later month"
-                    " by a machine whose clock was wrong"
+        if found is not None:
+            tree, past = MerkleTree(), dict[int, str]()
+            async with aclosing(sealed_events(connection, found, past)) as events:
+                async for (position, _), digest in events:
+                    tree.add(position, digest)
+            # Another seal could be in place of an old seal since the chain was verified.
+            await sealer.check_past(past)
+            if archives and (archived is None or archived.root != tree.root):
+                raise CannotRetireError(
+                    "events were added to the month while it was archived: try again"
                 )
-            if last > sealer.chain.upto:
-                raise _CannotRetireError(_NOT_SEALED)
-            positions, digests = await _sealed_events(sealer, partition, first, last, count)
             event = AuditLog(
                 action=AuditAction.SYSTEM_AUDIT_RETIRE,
                 resource_type="audit_month",
                 resource_id=month,
-                details={"events": len(positions), "seal": sealer.chain.number + 1},
+                details={"events": tree.count, "seal": sealer.chain.number + 1},
             )
             await insert_events(connection, [attribute(event)])
-            await sealer.append(positions, digests, retired=month)
+            files = None if archived is None else archived.files
+            await sealer.append(tree, retired=month, archive=files)
         # LOCK TABLE takes the same locks as DROP TABLE, in the same order. While LOCK TABLE waits,
         # a writer can still commit an unsealed event to the month.
         await connection.execute(
             f"LOCK TABLE ONLY audit_logs, ONLY {partition} IN ACCESS EXCLUSIVE MODE"
         )
-        if last != await connection.fetchval(f"SELECT max(position) FROM {partition}"):  # noqa: S608  # from _SELECT_PARTITIONS
-            raise _CannotRetireError(_NOT_SEALED)
+        last = await connection.fetchval(f"SELECT max(position) FROM {partition}")  # noqa: S608  # from _SELECT_PARTITIONS
+        if last != (None if found is None else found.last):
+            raise CannotRetireError(NOT_SEALED)
         await connection.execute(f"DROP TABLE {partition}")
-
-
-async def _sealed_events(
-    sealer: Sealer, partition: str, first: int, last: int, count: int
-) -> tuple["array[int]", bytearray]:
-    """Return the positions and the digests of a month's events.
-
-    Raises:
-        _CannotRetireError: The month has an event that was changed, or that no seal covers, or an
-            event of the seals of the month is missing.
-        InvalidState: A seal of the month is not part of the chain that the sealer has verified.
-    """
-    connection, past = sealer.connection, dict[int, str]()
-    positions, digests = array("q"), bytearray()
-    retirements = [Seal(*row).payload() for row in await connection.fetch(_SELECT_RETIREMENTS)]
-    retired = [run for payload in retirements for run in payload.positions]
-    for row in await connection.fetch(_SELECT_COVERING_SEALS, first, last):
-        seal = Seal(*row)
-        payload = seal.payload()
-        past[payload.number] = seal.payload_digest
-        expected = dict(seal.event_digests(payload))
-        if merkle_root(expected.items()).hex() != payload.root:
-            raise _CannotRetireError(
-                f"the digests of seal {payload.number} do not match its Merkle root:"
-                " run `tiger-db verify-audit`"
-            )
-        query = storage.select_events(payload.after + 1, payload.upto, table=partition)
-        async for position, content in storage.read_events(connection, query):
-            digest = digest_of(content)
-            if expected.get(position) != digest:
-                raise _CannotRetireError(
-                    f"the event at position {position} differs from the sealed event:"
-                    " run `tiger-db verify-audit`"
-                )
-            positions.append(position)
-            digests += digest
-        present = await connection.fetch(_SELECT_POSITIONS, payload.after + 1, payload.upto)
-        missing = expected.keys() - {position for (position,) in present}
-        for start, end in retired:
-            missing -= {*range(max(start, payload.after + 1), min(end, payload.upto) + 1)}
-        if missing:
-            raise _CannotRetireError(
-                f"the event at position {min(missing)} is missing: run `tiger-db verify-audit`"
-            )
-    if len(positions) != count:
-        raise _CannotRetireError(
-            "the month holds events that no seal covers: run `tiger-db verify-audit`"
-        )
-    # Another seal could have been put in place of an old seal since the chain was verified.
-    await sealer.check_past(past)
-    return positions, digests

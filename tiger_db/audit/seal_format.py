@@ -24,6 +24,7 @@ DIGEST_BYTES = 32  # Size of a SHA-256 digest in bytes.
 NO_PREVIOUS_DIGEST = "0" * 64  # Value of the field `previous` in the first seal.
 SEAL_VERSION = 2  # Version of the payloads of new seals.
 RESTORE_VERSION = 3  # Version of the payloads of seals that record a restore.
+ARCHIVE_VERSION = 4  # Version of the payloads of retirements whose events are in the archive.
 # Each range of positions is a pair: the first position and the last position of the range.
 PositionRanges: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -38,23 +39,48 @@ def split_digests(digests: bytes | bytearray) -> Iterator[bytes]:
         yield bytes(digests[start : start + DIGEST_BYTES])
 
 
-def merkle_root(leaves: Iterable[tuple[int, bytes]]) -> bytes:
-    """Compute the root of a Merkle tree. Each leaf is a pair of a position and a digest."""
-    # Each item of the stack is a complete subtree: the number of its leaves, and its root.
-    stack: list[tuple[int, bytes]] = []
-    for position, digest in leaves:
+class MerkleTree:
+    """The Merkle tree of events that are added in the order of positions, in little memory."""
+
+    def __init__(self, leaves: Iterable[tuple[int, bytes]] = ()) -> None:
+        self.count = 0
+        self._ranges: list[list[int]] = []
+        # Each item of the stack is a complete subtree: the number of its leaves, and its root.
+        self._stack: list[tuple[int, bytes]] = []
+        for position, digest in leaves:
+            self.add(position, digest)
+
+    def add(self, position: int, digest: bytes) -> None:
+        self.count += 1
+        if self._ranges and self._ranges[-1][1] == position - 1:
+            self._ranges[-1][1] = position
+        else:
+            self._ranges.append([position, position])
         size = 1
         root = hashlib.sha256(b"\0" + position.to_bytes(8, "big", signed=True) + digest).digest()
-        while stack and stack[-1][0] == size:
-            root = _node(stack.pop()[1], root)
+        while self._stack and self._stack[-1][0] == size:
+            root = _node(self._stack.pop()[1], root)
             size *= 2
-        stack.append((size, root))
-    if not stack:
-        return hashlib.sha256(b"").digest()
-    root = stack.pop()[1]
-    while stack:
-        root = _node(stack.pop()[1], root)
-    return root
+        self._stack.append((size, root))
+
+    @property
+    def positions(self) -> PositionRanges:
+        return tuple((first, last) for first, last in self._ranges)
+
+    @property
+    def root(self) -> str:
+        """The root of the tree in hexadecimal."""
+        if not self._stack:
+            return hashlib.sha256(b"").hexdigest()
+        *rest, (_, root) = self._stack
+        for _, left in reversed(rest):
+            root = _node(left, root)
+        return root.hex()
+
+
+def merkle_root(leaves: Iterable[tuple[int, bytes]]) -> bytes:
+    """Compute the root of a Merkle tree. Each leaf is a pair of a position and a digest."""
+    return bytes.fromhex(MerkleTree(leaves).root)
 
 
 def _node(left: bytes, right: bytes) -> bytes:
@@ -63,13 +89,7 @@ def _node(left: bytes, right: bytes) -> bytes:
 
 def ranges_of(positions: Iterable[int]) -> PositionRanges:
     """Convert ascending positions to ranges of consecutive positions."""
-    ranges: list[list[int]] = []
-    for position in positions:
-        if ranges and ranges[-1][1] == position - 1:
-            ranges[-1][1] = position
-        else:
-            ranges.append([position, position])
-    return tuple((first, last) for first, last in ranges)
+    return MerkleTree((position, b"") for position in positions).positions
 
 
 def positions_in(ranges: PositionRanges) -> Iterator[int]:
@@ -80,6 +100,12 @@ def positions_in(ranges: PositionRanges) -> Iterator[int]:
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Origin = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Int64 = Annotated[int, Field(gt=-(2**63) + 1, lt=2**63 - 1)]
+# A file of the archive: its name, the number of its rows, and the SHA-256 digest of its bytes.
+ArchivedFile: TypeAlias = tuple[
+    Annotated[str, Field(pattern=r"^month=\d{4}-\d\d/\w[\w-]*\.parquet$")],
+    Annotated[int, Field(ge=1)],
+    Digest,
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +126,9 @@ class SealPayload:
     A payload of version 3 records that a restore of the database has lost the seals between the
     seal with the digest `previous` and this seal. `lost` is the digest of the payload of the last
     lost seal, whose number is `number - 1`. `lost_upto` is the last position that it covered.
+
+    A payload of version 4 records a retired month, whose events were written to the files in
+    `archive`.
     """
 
     version: int = 1
@@ -117,6 +146,7 @@ class SealPayload:
     next_key: str | None = None
     lost: Digest | None = None
     lost_upto: Int64 | None = None
+    archive: tuple[ArchivedFile, ...] | None = None
 
     @property
     def event_count(self) -> int:
@@ -167,7 +197,7 @@ class Seal:
             payload = _PAYLOAD.validate_json(self.payload_json, strict=True)
         except (ValidationError, TypeError):
             payload = None
-        if payload is not None and payload.version not in (1, SEAL_VERSION, RESTORE_VERSION):
+        if payload is not None and payload.version not in range(1, ARCHIVE_VERSION + 1):
             raise InvalidValue("the version of the seal is not supported: upgrade tiger_db")
         if (
             payload is None
@@ -176,6 +206,8 @@ class Seal:
             or (payload.next_key is not None and payload.version != SEAL_VERSION)
             or (payload.lost is not None) != (payload.version == RESTORE_VERSION)
             or (payload.lost_upto is not None) != (payload.version == RESTORE_VERSION)
+            or (payload.archive is not None) != (payload.version == ARCHIVE_VERSION)
+            or (payload.archive is not None and payload.retired is None)
         ):
             raise InvalidValue("the payload of the seal is invalid")
         return payload

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Self
@@ -18,14 +18,14 @@ from tiger_db.audit.checkpoints import (
     save_checkpoint,
 )
 from tiger_db.audit.seal_format import (
+    ARCHIVE_VERSION,
     RESTORE_VERSION,
     SEAL_VERSION,
+    ArchivedFile,
+    MerkleTree,
     Seal,
     SealPayload,
     make_seal,
-    merkle_root,
-    ranges_of,
-    split_digests,
 )
 from tiger_db.audit.storage import Connection
 from tiger_db.database import Database
@@ -176,14 +176,15 @@ class Sealer:
 
     async def append(
         self,
-        positions: Sequence[int] = (),
-        digests: bytes | bytearray = b"",
+        tree: MerkleTree | None = None,
+        digests: bytes = b"",
         *,
         upto: int | None = None,
         closed_at: str | None = None,
         retired: str | None = None,
         next_key: str | None = None,
         lost: Seal | None = None,
+        archive: tuple[ArchivedFile, ...] | None = None,
     ) -> None:
         """Sign and insert the next seal, in a transaction that holds the sealing lock.
 
@@ -191,15 +192,17 @@ class Sealer:
         no digests of events. `lost` is the last seal that a restore has lost. The numbers of lost
         seals are not used again.
         """
+        tree = tree or MerkleTree()
         last_lost = lost.payload() if lost else None
+        version = RESTORE_VERSION if last_lost else SEAL_VERSION
         payload = SealPayload(
-            version=RESTORE_VERSION if last_lost else SEAL_VERSION,
+            version=version if archive is None else ARCHIVE_VERSION,
             number=(last_lost.number if last_lost else self.chain.number) + 1,
             previous=self.chain.payload_digest,
             after=self.chain.upto,
             upto=self.chain.upto if upto is None else upto,
-            positions=ranges_of(positions),
-            root=merkle_root(zip(positions, split_digests(digests), strict=True)).hex(),
+            positions=tree.positions,
+            root=tree.root,
             sealed_at=await storage.database_time(self.connection),
             key=public_text(self.key.public_key()),
             closed_at=closed_at,
@@ -208,8 +211,9 @@ class Sealer:
             next_key=next_key,
             lost=lost.payload_digest if lost else None,
             lost_upto=last_lost.upto if last_lost else None,
+            archive=archive,
         )
-        made = make_seal(self.key, payload, b"" if retired else bytes(digests))
+        made = make_seal(self.key, payload, digests)
         await self.connection.execute(
             "INSERT INTO audit_seals (number, statement, signature, digests)"
             " VALUES ($1, $2, $3, $4)",

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tiger_db.actor import attribute
 from tiger_db.audit import storage
-from tiger_db.audit.seal_format import digest_of
+from tiger_db.audit.seal_format import MerkleTree, digest_of
 from tiger_db.audit.sealer import Sealer, check_clocks, required_key
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable, InvalidState, InvalidValue
@@ -140,8 +140,9 @@ async def seal_next(sealer: Sealer, upto: int, closed_at: str | None) -> int | N
             return None
         if found == EVENTS_PER_SEAL:
             upto, closed_at = max(digests), None
-        await sealer.append([*digests], b"".join(digests.values()), upto=upto, closed_at=closed_at)
-        return len(digests)
+        tree = MerkleTree(digests.items())
+        await sealer.append(tree, b"".join(digests.values()), upto=upto, closed_at=closed_at)
+        return tree.count
 
 
 @public

@@ -181,7 +181,7 @@ async def read_trail(connection: Connection) -> AsyncIterator[Seal | Event]:
     after, seals, count = _MIN_POSITION - 1, deque[tuple[Seal, int]](), 0
     async for row in connection.cursor(SELECT_SEALS, prefetch=_PREFETCHED_SEALS):
         seal = Seal(*row)
-        upto, covered = _extent(seal)
+        upto, covered = extent_of(seal)
         seals.append((seal, upto))
         count += covered
         if count >= _EVENTS_PER_QUERY:
@@ -211,7 +211,7 @@ async def _merge(
         yield seals.popleft()[0]
 
 
-def _extent(seal: Seal) -> tuple[int, int]:
+def extent_of(seal: Seal) -> tuple[int, int]:
     """Return a seal's last position and number of events, or zeros if the seal covers no event."""
     try:
         payload = seal.payload()

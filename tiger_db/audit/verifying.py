@@ -10,6 +10,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tiger_db.audit import storage
+from tiger_db.audit.archive_reading import ArchiveReport, describe_archive, verify_archive
+from tiger_db.audit.archiving import open_configured
 from tiger_db.audit.chain import AuditFinding, ChainVerifier, FindingKind
 from tiger_db.audit.checkpoints import newest_checkpoint
 from tiger_db.audit.event_content import Event, event_id_in
@@ -42,6 +44,7 @@ class Verification:
     seals: int = 0  # Number of seals that the verification read.
     rows: int = 0  # Number of sealed events that are unchanged.
     retired: int = 0  # Number of events in retired months.
+    archived: int = 0  # Number of these events that the archive has unchanged.
     unsealed: int = 0  # Number of events that no seal covers.
     count: int = 0  # Number of all findings, which can be more than 1,000.
     # `findings` has the first 1,000 findings, in the order of positions.
@@ -62,9 +65,16 @@ async def verify(
     *,
     keys: Sequence[Ed25519PublicKey] = (),
     checkpoint: Seal | None = None,
+    archive: bool = False,
     progress: Progress = no_progress,
 ) -> Verification:
     """Verify all seals and events in one snapshot of the database.
+
+    If `archive` is true, `verify` also verifies the files in `AUDIT_ARCHIVE`: the files that
+    retirements have signed must be there unchanged, and must have exactly the retired events, as
+    they were sealed. All other Parquet files are findings, except sealed events of months that are
+    not retired yet. After the database, `verify` calls `progress` with the number of verified
+    archived events, and with the number of all archived events.
 
     The signing keys of the seals must follow from one of the `keys`, by default from
     `AUDIT_SIGNING_KEY`. `verify` compares the seals with the given checkpoint, which must have been
@@ -76,9 +86,12 @@ async def verify(
     audit trail.
 
     Raises:
-        ConfigurationError: The list `keys` is empty, and `AUDIT_SIGNING_KEY` is not set.
-        FileError, InvalidState: The newest checkpoint in the folder cannot be read.
+        ConfigurationError: The list `keys` is empty, and `AUDIT_SIGNING_KEY` is not set, or
+            `archive` is true, and `AUDIT_ARCHIVE` is not set or pyarrow is not installed.
+        FileError, InvalidState: The newest checkpoint in the folder, or the archive, cannot be
+            read.
     """
+    files = await open_configured(database) if archive else None
     if not keys:
         own = await database.signing_key()
         keys = [own.public_key()] if own is not None else []
@@ -94,7 +107,18 @@ async def verify(
             if not isinstance(item, Seal) and item[0] % _PROGRESS_POSITIONS == 0:
                 progress(item[0], total)
         progress(total, total)
-    return evidence.explain(verifier)
+        archived = None
+        if files is not None:
+            origin = verifier.chain.origin
+            archived = await verify_archive(
+                connection, files, verifier.retirements, origin, progress
+            )
+    if archived is not None:
+        verifier.add_archive(archived)
+    report = evidence.explain(verifier)
+    if files is not None and archived is not None:
+        report.basis.append(f"archive: {describe_archive(files, archived)}")
+    return report
 
 
 @public
@@ -122,7 +146,7 @@ async def verify_export(
 
     def run() -> Verification:
         evidence = _Evidence(folder, checkpoint)
-        verifier = TrailVerifier(keys, evidence.checkpoints)
+        verifier = TrailVerifier(keys, evidence.checkpoints, has_archive=True)
         total = path.stat().st_size
         done = 0
         for item, size in read_export(path):
@@ -191,18 +215,27 @@ class TrailVerifier:
     Add the seals in the order of their rows. After each seal, add the events that the seal covers,
     in the order of positions. Set `database_time` before the first seal is added. If
     `database_time` is earlier than the newest seal, the times of unsealed events are not checked.
+    With `has_archive`, the events of retired months may be there if they were archived.
 
     Raises:
         ConfigurationError: The list `keys` is empty.
     """
 
-    def __init__(self, keys: Sequence[Ed25519PublicKey], checkpoints: Iterable[Seal] = ()) -> None:
+    def __init__(
+        self,
+        keys: Sequence[Ed25519PublicKey],
+        checkpoints: Iterable[Seal] = (),
+        *,
+        has_archive: bool = False,
+    ) -> None:
         if not keys:
             raise ConfigurationError(
                 "there is no key to verify seals with: give a public key, or set AUDIT_SIGNING_KEY"
             )
         self.database_time = "9"  # the text "9" sorts after every time in ISO 8601
         self._report = Verification()
+        self._has_archive = has_archive
+        self.retirements: list[SealPayload] = []
         self._findings: list[tuple[int, AuditFinding]] = []  # findings with their sort keys
         self.chain = ChainVerifier(keys, self._find, checkpoints=checkpoints)
         # Events of the last added seal were created at `_created_after` or later. Events that the
@@ -230,6 +263,12 @@ class TrailVerifier:
         """Add a finding about the protection of the audit trail, which is listed last."""
         self._find(2**63, AuditFinding(FindingKind.PROTECTION, description))
 
+    def add_archive(self, archived: ArchiveReport) -> None:
+        """Add the findings about the files of the archive."""
+        self._report.archived = archived.events
+        for position, finding in archived.findings:
+            self._find(position, finding)
+
     def _add_seal(self, seal: Seal) -> None:
         self._close_seal()
         self._created_after = self._next_created_after
@@ -251,9 +290,12 @@ class TrailVerifier:
     def _retire(self, payload: SealPayload) -> None:
         """Accept that the events of a retired month are missing. Report those that are there."""
         self._report.retired += payload.event_count
+        self.retirements.append(payload)
         self._missing, gone = _subtract(self._missing, payload.positions)
         for position in positions_in(gone):
             self._missing_digests.pop(position, None)
+        if self._has_archive and payload.archive is not None:
+            return
         there, _ = _subtract([(first, last, 0) for first, last in payload.positions], gone)
         there, _ = _subtract(there, tuple(self.chain.missing))
         for position in positions_in(tuple((first, last) for first, last, _ in there)):

@@ -293,6 +293,10 @@ def export_events(
             help="Begin the CSV with a byte order mark, so that Excel reads the text as UTF-8.",
         ),
     ] = False,
+    archive: Annotated[
+        bool,
+        typer.Option("--archive", help="Include the events that left for AUDIT_ARCHIVE."),
+    ] = False,
     **filters: Any,  # noqa: ANN401  # the options in _FILTERS
 ) -> None:
     """Export all audit events that match all options, oldest first.
@@ -320,6 +324,7 @@ def export_events(
                 database,
                 form=form,
                 byte_order_mark=byte_order_mark,
+                archive=archive,
                 progress=progress,
                 since=since,
                 until=until,

@@ -134,14 +134,25 @@ def verify_audit(
             metavar="FILE", help="File with a public key. Default: the key of AUDIT_SIGNING_KEY."
         ),
     ] = None,
+    archive: Annotated[
+        bool,
+        typer.Option(
+            "--archive",
+            help="Verify the retired events in AUDIT_ARCHIVE, too, as one trail with the database.",
+        ),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Verify all audit events against the seals, and show events and seals that are not valid."""
+    if archive and export is not None:
+        raise typer.BadParameter("give either --from or --archive", param_hint="--archive")
     keys = [_read(file, tiger_db.signing.parse_public_key) for file in public_key or ()]
     head = _read(checkpoint, tiger_db.audit.read_checkpoint) if checkpoint is not None else None
 
     async def verify(database: "tiger_db.Database") -> "Verification":
-        return await tiger_db.audit.verify(database, keys=keys, checkpoint=head, progress=progress)
+        return await tiger_db.audit.verify(
+            database, keys=keys, checkpoint=head, archive=archive, progress=progress
+        )
 
     with output.progress("Verifying") as update:
 
@@ -164,6 +175,11 @@ def verify_audit(
                     progress=progress,
                 )
             )
+    _show_verification(report, as_json=as_json, has_archive=archive)
+
+
+def _show_verification(report: "Verification", *, as_json: bool, has_archive: bool) -> None:
+    """Show the result of a verification. Raise InvalidValue if the trail is not valid."""
     if as_json:
         output.print_json({"sound": report.sound, **asdict(report)})
     elif report.findings or report.warnings:
@@ -175,6 +191,7 @@ def verify_audit(
         f" {output.count_of(report.seals, 'seal')}; not sealed yet:"
         f" {output.count_of(report.unsealed, 'event')}; removed by `tiger-db maintain-audit`:"
         f" {output.count_of(report.retired, 'event')}"
+        + (f", of which {report.archived:,} are in the archive" if has_archive else "")
     )
     for line in report.basis:
         output.print_message(line)
@@ -228,17 +245,52 @@ def export_checkpoint(*, out: options.Out = None, overwrite: options.Overwrite =
 def maintain_audit(*, as_json: options.AsJson = False) -> None:
     """Create audit partitions for the next months, and remove the expired audit partitions.
 
-    An audit partition expires AUDIT_RETENTION_MONTHS months after the end of its month. The command
-    also moves events from the default partition to the partitions of the events' months. Run this
-    command every day from cron. Several machines may run this command.
+    An audit partition expires AUDIT_RETENTION_MONTHS months after the end of its month. If
+    AUDIT_ARCHIVE is set, the command first writes the events of the partition to the archive. The
+    command also moves events from the default partition to the partitions of the events' months.
+    Run this command every day from cron. Several machines may run this command.
     """
-    result = runtime.with_database(tiger_db.audit.maintain)
+    with output.progress("Archiving") as update:
+
+        def progress(done: int, total: int | None) -> None:
+            update(completed=done, total=total)
+
+        result = runtime.with_database(
+            lambda database: tiger_db.audit.maintain(database, progress=progress)
+        )
     if as_json:
         output.print_json(asdict(result))
     removed = "".join(f"; removed {month}" for month in result.retired)
     output.print_message(f"created {output.count_of(result.made, 'partition')}{removed}")
     for month, reason in result.kept.items():
         raise InvalidValue(f"the events of {month} were not removed: {reason}")
+
+
+@app.command(rich_help_panel=PANEL)
+def archive_audit(
+    *,
+    month: Annotated[str, typer.Option(metavar="YYYY-MM", help="Month that has ended.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Write the events of a month to AUDIT_ARCHIVE as Parquet, and leave them in the database.
+
+    `maintain-audit` does this itself before it removes a month.
+    """
+    with output.progress("Archiving") as update:
+
+        def progress(done: int, total: int | None) -> None:
+            update(completed=done, total=total)
+
+        archived = runtime.with_database(
+            lambda database: tiger_db.audit.archive(database, month, progress=progress)
+        )
+    if as_json:
+        output.print_json(None if archived is None else asdict(archived))
+    elif archived is not None:
+        rows = [(name, rows, digest) for name, rows, digest in archived.files]
+        output.show_table(("File", "Rows", "SHA-256"), rows)
+    count = 0 if archived is None else archived.events
+    output.print_message(f"archived {output.count_of(count, 'event')} of {month}")
 
 
 def _read(file: Path, parse: Callable[[str], T]) -> T:

@@ -287,7 +287,7 @@ def _create_data(home: Path, programs: Path, user: processes.User) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise EmbeddedError(f"initdb failed in {home}: {processes.failure_reason(initdb.stderr)}")
     temporary.rename(home / "data")
-    files.sync_folder(home)
+    files.sync_path(home)
 
 
 def _launch(

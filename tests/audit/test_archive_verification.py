@@ -1,0 +1,261 @@
+"""Verification of archive and database as one trail, and exports with the archived events."""
+
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.audit.test_independent_verifier import run as run_program
+from tests.support.archives import archive_settings, files_in, put_old_months
+from tests.support.months import month
+from tests.support.trail import events_of, exported
+from tiger_db import Database, Settings, audit
+from tiger_db.audit import FindingKind, archive_reading
+from tiger_db.audit.storage import Connection
+from tiger_db.connections import connect
+from tiger_db.errors import FileError, InvalidState
+from tiger_db.signing import public_text
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "archive").mkdir()
+    return tmp_path / "archive"
+
+
+@pytest.fixture
+async def database(clone_settings: Settings, folder: Path) -> AsyncIterator[Database]:
+    async with Database(archive_settings(clone_settings, str(folder))) as database:
+        yield database
+
+
+@pytest.fixture
+async def other(database: Database) -> AsyncIterator[Connection]:
+    """A connection of a superuser, for which triggers are disabled."""
+    connection = await connect(database.settings)
+    await connection.execute("SET session_replication_role = replica")
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def before(database: Database, other: Connection) -> list[str]:
+    """The export before the months of the positions 1 to 3 and 4 to 6 leave."""
+    await put_old_months(database, other)
+    lines = await exported(database)
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+    await audit.seal(database)
+    return lines
+
+
+def events(folder: Path, ago: int) -> Path:
+    (path,) = folder.glob(f"month={month(ago)}/events-*")
+    return path
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    pq.write_table(change(pq.ParquetFile(path).read()), path)
+
+
+def change_content(folder: Path) -> list[str]:
+    """One event is another one, and the file is a valid one of this trail."""
+
+    def change(table: pa.Table) -> pa.Table:
+        contents = table["content"].to_pylist()
+        contents[1] = contents[1].replace("data:query", "data:qu3ry")
+        at = table.schema.get_field_index("content")
+        return table.set_column(at, table.schema.field(at), pa.array(contents))
+
+    rewrite(events(folder, 14), change)
+    return [f"{events(folder, 14).relative_to(folder)}: the file was changed"]
+
+
+def change_typed_column(folder: Path) -> list[str]:
+    def change(table: pa.Table) -> pa.Table:
+        at = table.schema.get_field_index("result")
+        return table.set_column(at, table.schema.field(at), pa.array(["error"] * 3))
+
+    rewrite(events(folder, 13), change)
+    return [f"{events(folder, 13).relative_to(folder)}: the file was changed"]
+
+
+def truncate(folder: Path) -> list[str]:
+    path = events(folder, 14)
+    path.write_bytes(path.read_bytes()[:-10])
+    return [f"{path.relative_to(folder)}: the file was changed"]
+
+
+def remove_events(folder: Path) -> list[str]:
+    path = events(folder, 14)
+    path.unlink()
+    return [f"{path.relative_to(folder)}: the file is missing"]
+
+
+def remove_seals(folder: Path) -> list[str]:
+    (path,) = folder.glob(f"month={month(13)}/_seals-*")
+    path.unlink()
+    return [f"{path.relative_to(folder)}: the file is missing"]
+
+
+def remove_all(folder: Path) -> list[str]:
+    names = files_in(folder)
+    for name in names:
+        (folder / name).unlink()
+    events_first = sorted(names, key=lambda name: (name.partition("/")[0], "_seals" in name))
+    return [f"{name}: the file is missing" for name in events_first]
+
+
+def swap(folder: Path) -> list[str]:
+    one, two = events(folder, 14), events(folder, 13)
+    data = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(data)
+    names = [path.relative_to(folder) for path in (one, two)]
+    return [f"{a}: the file has the content of {b}" for a, b in (names, names[::-1])]
+
+
+def add_copy(folder: Path) -> list[str]:
+    """Engines would read each event of the copy twice."""
+    path = events(folder, 14)
+    copy = path.with_name(f"events-{2:019}-{3:019}.parquet")
+    shutil.copy(path, copy)
+    return [f"{copy.relative_to(folder)}: no retirement has signed the file"]
+
+
+def add_forged(folder: Path) -> list[str]:
+    """Events that never were, at positions that the database still has."""
+    path = events(folder, 14)
+    forged = path.with_name(f"events-{7:019}-{9:019}.parquet")
+    shutil.copy(path, forged)
+
+    def change(table: pa.Table) -> pa.Table:
+        return table.set_column(0, table.schema.field(0), pa.array([7, 8, 9]))
+
+    rewrite(forged, change)
+    name = forged.relative_to(folder)
+    return [f"{name}: no retirement has signed the file, and it differs from the seals"]
+
+
+def add_foreign(folder: Path) -> list[str]:
+    path = events(folder, 14)
+
+    def change(table: pa.Table) -> pa.Table:
+        return table.replace_schema_metadata({"tiger_db.origin": "0" * 32})
+
+    shutil.copy(path, folder / "kept")
+    rewrite(path, change)
+    foreign = path.with_name(f"events-{8:019}-{9:019}.parquet")
+    path.rename(foreign)
+    (folder / "kept").rename(path)
+    return [f"{foreign.relative_to(folder)}: the file belongs to another audit trail"]
+
+
+def replace_by_foreign(folder: Path) -> list[str]:
+    add_foreign(folder)
+    (foreign,) = folder.glob(f"month={month(14)}/events-*8-*")
+    foreign.rename(events_path := folder / files_in(folder)[1])
+    return [f"{events_path.relative_to(folder)}: the file belongs to another audit trail"]
+
+
+def add_other_files(folder: Path) -> list[str]:
+    (folder / "notes.txt").write_text("not a finding")
+    shutil.copy(events(folder, 14), folder / "copy.parquet")
+    (folder / "month=2020-01").mkdir()
+    (folder / "month=2020-01" / "events-1.parquet").write_text("no Parquet")
+    return [
+        "copy.parquet: the file does not belong to the archive",
+        "month=2020-01/events-1.parquet: the file is not a Parquet file",
+    ]
+
+
+CHANGES = [
+    change_content, change_typed_column, truncate, remove_events, remove_seals, remove_all, swap,
+    add_copy, add_forged, add_foreign, replace_by_foreign, add_other_files,
+]  # fmt: skip
+
+
+@pytest.mark.slow
+async def test_each_change_of_the_archive_is_found_and_named(
+    database: Database, before: list[str], folder: Path, tmp_path: Path
+) -> None:
+    assert (await audit.verify(database, archive=True)).findings == []
+    intact = tmp_path / "intact"
+    shutil.copytree(folder, intact)
+    for change in CHANGES:
+        expected = change(folder)
+        found = await audit.verify(database, archive=True)
+        messages = [one.message for one in found.findings]
+        assert sorted(messages) == sorted(expected), change.__name__
+        assert {one.kind for one in found.findings} == {FindingKind.ARCHIVE}
+        assert (await audit.verify(database)).findings == []  # the database alone is intact
+        shutil.rmtree(folder)
+        shutil.copytree(intact, folder)
+    assert (await audit.verify(database, archive=True)).archived == 6
+
+
+@pytest.mark.slow
+async def test_a_retired_event_that_reappears_is_found_beside_the_archive(
+    database: Database, before: list[str], other: Connection
+) -> None:
+    await other.execute(
+        "INSERT INTO audit_logs (id, action, result, severity, position)"
+        " VALUES (uuid7_floor(now()), 'data:query', 'success', 'low', 2)"
+    )
+    found = await audit.verify(database, archive=True)
+    assert [(one.kind, one.position) for one in found.findings] == [(FindingKind.INSERTED, 2)]
+    assert found.archived == 6
+
+
+async def test_an_export_with_the_archive_is_the_whole_trail(
+    database: Database, before: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive_reading, "_BATCH_EVENTS", 4)
+    lines = await exported(database, archive=True)
+    assert lines[: len(before)] == before
+    assert list(events_of(lines)) == [*range(1, len(events_of(lines)) + 1)]
+    path = tmp_path / "trail.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    key = (await audit.required_key(database)).public_key()
+    found = await audit.verify_export(path, keys=[key])
+    assert (found.findings, found.retired, found.unsealed) == ([], 6, 0)
+    assert found.rows == len(events_of(lines))
+    said = run_program(lines, public_text(key), tmp_path)
+    assert said.startswith("sound: 4 seals, "), said
+    changed = [line.replace("data:query", "data:qu3ry") for line in lines]
+    path.write_text("".join(changed), encoding="utf-8")
+    found = await audit.verify_export(path, keys=[key])
+    first, *_ = found.findings
+    assert (first.kind, first.position) == (FindingKind.CHANGED, 1)
+    assert run_program(changed, public_text(key), tmp_path).startswith("refused: ")
+
+
+@pytest.mark.slow
+async def test_filters_apply_to_archived_events_too(
+    database: Database, before: list[str], other: Connection
+) -> None:
+    for filters, positions in (
+        ({"action": "data:query"}, [1, 2, 3, 4, 5, 6]),
+        ({"action": ["data", "system"]}, [1, 2, 3, 4, 5, 6, 7, 8]),
+        ({"action": "system"}, [7, 8]),
+        ({"user_id": "nobody"}, []),
+        ({"details": {"seal": 2}}, [7]),
+    ):
+        lines = await exported(database, archive=True, **filters)
+        assert [*events_of(lines)] == positions, filters
+    lines = await exported(database, archive=True, form="csv", action="data")
+    assert [line.partition(",")[0] for line in lines] == ["position", *"123456"]
+
+
+@pytest.mark.slow
+async def test_an_export_never_has_events_of_a_changed_file(
+    database: Database, before: list[str], folder: Path
+) -> None:
+    change_content(folder)
+    with pytest.raises(InvalidState, match=r"events-0.* differs from the file that seal 2 signed"):
+        await exported(database, archive=True)
+    remove_events(folder)
+    with pytest.raises(FileError, match="events-0"):
+        await exported(database, archive=True)

@@ -1,0 +1,347 @@
+"""Months that leave PostgreSQL as Parquet files in a folder."""
+
+import json
+import os
+import resource
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+from uuid import UUID
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support import factories
+from tests.support.archives import archive_settings, files_in, put_old_months, retire_two_months
+from tests.support.months import month, partition, put
+from tests.support.trail import FIELDS, fetch_seals
+from tiger_db import Database, Settings, audit, crud, errors
+from tiger_db.audit import archive_files, archiving
+from tiger_db.audit.event_content import CONTENT_COLUMNS
+from tiger_db.audit.storage import Connection, read_events, select_events
+from tiger_db.connections import connect
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "archive").mkdir()
+    return tmp_path / "archive"
+
+
+@pytest.fixture
+def keeping(clone_settings: Settings, folder: Path) -> Settings:
+    return archive_settings(clone_settings, str(folder))
+
+
+@pytest.fixture
+async def database(keeping: Settings) -> AsyncIterator[Database]:
+    async with Database(keeping) as database:
+        yield database
+
+
+@pytest.fixture
+async def other(keeping: Settings) -> AsyncIterator[Connection]:
+    connection = await connect(keeping)
+    yield connection
+    await connection.close()
+
+
+def names(month: str, first: int, last: int) -> list[str]:
+    span = f"{first:019}-{last:019}.parquet"
+    return [f"month={month}/_seals-{span}", f"month={month}/events-{span}"]
+
+
+async def partitions(connection: Connection) -> set[str]:
+    rows = await connection.fetch(
+        "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'audit_logs'::regclass"
+    )
+    return {name for (name,) in rows}
+
+
+async def test_a_month_is_archived_before_it_is_retired(
+    database: Database, other: Connection, folder: Path
+) -> None:
+    told: list[tuple[int, int | None]] = []
+    await put_old_months(database, other)
+    done = await audit.maintain(database, progress=lambda *each: told.append(each))
+    assert done.retired == [month(14), month(13)]
+    assert told[-1] == (6, 6)
+    assert files_in(folder) == names(month(14), 1, 3) + names(month(13), 4, 6)
+    assert not {partition(14), partition(13)} & await partitions(other)
+    ((_, seal),) = await fetch_seals(other, 1, 1)
+    payload = seal.payload()
+    assert (payload.version, payload.retired) == (4, month(14))
+    assert sorted((name, rows) for name, rows, _ in payload.archive or ()) == [
+        *zip(names(month(14), 1, 3), (1, 3), strict=True)
+    ]
+    await audit.seal(database)
+    found = await audit.verify(database, archive=True)
+    assert (found.findings, found.retired, found.archived) == ([], 6, 6)
+    assert found.basis[-1] == f"archive: {folder}: 4 signed files, 6 retired events"
+
+
+async def test_the_files_have_each_event_byte_for_byte_and_in_typed_columns(
+    database: Database, other: Connection, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiving, "ROWS_PER_GROUP", 4)
+    monkeypatch.setattr(archiving, "ROWS_PER_FILE", 8)
+    chance, when = Random(7), datetime.now(UTC) - timedelta(days=430)
+    events = []
+    for number in range(20):
+        value = {name: make(chance) for name, make in FIELDS.items()} if number % 5 else {}
+        identity = UUID(int=(int(when.timestamp() * 1000) << 80) + (7 << 76) + (2 << 62) + number)
+        events.append(factories.new_event(id=identity, **value))
+    async with database.session() as session:
+        await crud.audit_logs.log_events(session, events)
+    await other.execute("SET session_replication_role = replica")
+    await other.execute(
+        "UPDATE audit_logs SET created_at = $1,"
+        ' details = CASE position WHEN 2 THEN \'{"n": 1.10, "x": "\\u001f"}\' ELSE details END',
+        when,
+    )
+    await other.fetchval("SELECT make_audit_months(0)")
+    await audit.seal(database)
+    await other.execute("SET TimeZone = 'UTC'")
+    stored = [event async for event in read_events(other, select_events(1, 20))]
+    assert len((await audit.maintain(database)).retired) == 1
+    tables = [pq.ParquetFile(folder / name) for name in files_in(folder) if "/events-" in name]
+    assert [table.metadata.num_rows for table in tables] == [8, 8, 4]
+    assert [table.num_row_groups for table in tables] == [2, 2, 1]
+    rows = [row for table in tables for row in table.read().to_pylist()]
+    assert [(row["position"], row["content"]) for row in rows] == stored
+    assert '"details":{"n": 1.10, "x": "\\u001f"}' in rows[1]["content"]
+    for row in rows:
+        content = json.loads(row["content"])
+        for name in CONTENT_COLUMNS:
+            value = row[name]
+            if name == "created_at":
+                value = value.isoformat().removesuffix("+00:00") + "Z"
+            elif name in ("details", "old_values", "new_values", "tags") and value is not None:
+                value = json.loads(value)
+            assert value == content.get(name), name
+    group = tables[0].metadata.row_group(0)
+    columns = {group.column(at).path_in_schema: group.column(at) for at in range(26)}
+    assert {column.compression for column in columns.values()} == {"ZSTD"}
+    assert columns["position"].statistics.max == 4
+    assert columns["created_at"].statistics.min == when
+    assert columns["tiger_account_id"].bloom_filter_offset is not None
+    assert columns["api_key_id"].bloom_filter_offset is not None
+    assert [column.column_index for column in group.sorting_columns] == [0]
+
+
+@pytest.mark.slow
+async def test_a_month_can_be_archived_by_hand_and_grow_afterwards(
+    database: Database, other: Connection, folder: Path
+) -> None:
+    await put_old_months(database, other)
+    first = await audit.archive(database, month(14))
+    assert first is not None
+    assert (first.month, first.events) == (month(14), 3)
+    assert await audit.archive(database, month(14)) == first
+    assert await audit.archive(database, month(20)) is None
+    found = await audit.verify(database, archive=True)
+    assert (found.findings, found.rows, found.archived) == ([], 6, 0)
+    assert found.basis[-1].endswith("3 events that are not retired yet")
+    await put(other, 14, 1, minute=1)
+    with pytest.raises(errors.InvalidState, match="events that are not sealed"):
+        await audit.archive(database, month(14))
+    await audit.seal(database)
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+    replaced = [name for name in files_in(folder) if "/.replaced-" in name]
+    assert len(replaced) == 2
+    assert [name for name in files_in(folder) if "/.replaced-" not in name] == (
+        names(month(14), 1, 7) + names(month(13), 4, 6)
+    )
+    found = await audit.verify(database, archive=True)
+    assert (found.findings, found.archived) == ([], 7)
+    assert replaced[0] in found.basis[-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("2026-13", "form 2026-01"),
+        ("26-1", "form 2026-01"),
+        (month(0), "has not ended"),
+        (month(-1), "has not ended"),
+    ],
+)
+async def test_only_a_month_that_has_ended_is_archived(
+    database: Database, given: str, message: str
+) -> None:
+    with pytest.raises(errors.InvalidValue, match=message):
+        await audit.archive(database, given)
+
+
+@pytest.mark.slow
+async def test_retirements_without_an_archive_stay_valid(
+    database: Database, other: Connection, keeping: Settings
+) -> None:
+    await put(other, 15)
+    await put_old_months(database, other)
+    months = keeping.model_copy(update={"audit_archive": None, "audit_retention_months": 14})
+    async with Database(months) as without:
+        assert (await audit.maintain(without)).retired == [month(15)]
+        with pytest.raises(errors.ConfigurationError, match="AUDIT_ARCHIVE is not set"):
+            await audit.verify(without, archive=True)
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+    found = await audit.verify(database, archive=True)
+    assert (found.findings, found.retired, found.archived) == ([], 9, 6)
+    seals = [seal.payload() for _, seal in await fetch_seals(other, 0, 9)]
+    assert [payload.version for payload in seals] == [2, 2, 4, 4]
+
+
+@pytest.mark.slow
+async def test_an_event_of_a_month_that_left_leaves_again(
+    database: Database, other: Connection, folder: Path
+) -> None:
+    """A machine with a wrong clock writes an event, whose month is made and retired again."""
+    await retire_two_months(database, other)
+    await put(other, 14, 1, minute=1)
+    await audit.seal(database)
+    assert (await audit.maintain(database)).retired == [month(14)]
+    assert len([name for name in files_in(folder) if f"month={month(14)}/events" in name]) == 2
+    found = await audit.verify(database, archive=True)
+    assert (found.findings, found.archived) == ([], 7)
+
+
+# Failures
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.slow
+async def test_on_a_full_disk_no_month_leaves(
+    database: Database, other: Connection, folder: Path
+) -> None:
+    await put_old_months(database, other)
+    with full_disk(), pytest.raises(errors.FileError, match="File too large"):
+        await audit.maintain(database)
+    assert files_in(folder) == []
+    assert {partition(14), partition(13)} <= await partitions(other)
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+    assert (await audit.verify(database, archive=True)).archived == 6
+
+
+@pytest.mark.slow
+async def test_a_file_that_was_not_stored_as_written_is_not_accepted(
+    database: Database, other: Connection, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is changed before it is read back, and after it was renamed."""
+    await put_old_months(database, other)
+    check, move = archiving._Part.check, archive_files.Archive.move
+
+    def change(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    def changed_check(part: archiving._Part, *arguments: object) -> None:
+        change(folder / part.file.unfinished)
+        check(part, *arguments)  # type: ignore[arg-type]
+
+    def changed_move(archive: archive_files.Archive, name: str, target: str) -> None:
+        move(archive, name, target)
+        change(folder / target)
+
+    for owner, name, replacement in (
+        (archiving._Part, "check", changed_check),
+        (archive_files.Archive, "move", changed_move),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, replacement)
+            with pytest.raises(errors.FileError, match="is not the one that was written"):
+                await audit.maintain(database)
+    assert {partition(14), partition(13)} <= await partitions(other)
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+    assert (await audit.verify(database, archive=True)).findings == []
+
+
+@pytest.mark.slow
+async def test_an_event_written_after_the_archive_keeps_its_month(
+    database: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put_old_months(database, other)
+    finish = archiving._MonthWriter.finish
+    late: list[object] = []
+
+    def finish_late(writer: archiving._MonthWriter) -> object:
+        late.append(writer)
+        return finish(writer)
+
+    monkeypatch.setattr(archiving._MonthWriter, "finish", finish_late)
+    retire = sys.modules["tiger_db.audit.retention"]._retire
+
+    async def retire_late(*arguments: object, **keywords: object) -> None:
+        if len(late) == 1:
+            await put(other, 14, 1, minute=1)
+            await audit.seal(database)
+            late.append(None)
+        await retire(*arguments, **keywords)
+
+    monkeypatch.setattr("tiger_db.audit.retention._retire", retire_late)
+    done = await audit.maintain(database)
+    assert done.kept == {
+        month(14): "events were added to the month while it was archived: try again"
+    }
+    assert partition(14) in await partitions(other)
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+    assert (await audit.verify(database, archive=True)).archived == 7
+
+
+@pytest.mark.slow
+async def test_one_session_at_a_time_archives(database: Database, other: Connection) -> None:
+    await put_old_months(database, other)
+    async with other.transaction():
+        assert await other.fetchval(archiving._TAKE_ARCHIVE_LOCK)
+        with pytest.raises(errors.DatabaseUnavailable, match="another session is writing"):
+            await audit.archive(database, month(14))
+        assert await audit.maintain(database) == audit.Maintenance(made=0)
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+
+
+@pytest.mark.slow
+async def test_an_archive_of_another_trail_is_refused(
+    database: Database, other: Connection, folder: Path, keeping: Settings
+) -> None:
+    await put_old_months(database, other)
+    await audit.archive(database, month(14))
+    before = files_in(folder)
+    # All seals are replaced by those of a new trail, as in a new database.
+    await other.execute("SET session_replication_role = replica")
+    await other.execute("DELETE FROM audit_seals")
+    await audit.seal(database)
+    with pytest.raises(errors.InvalidState, match="belongs to another audit trail: use one"):
+        await audit.maintain(database)
+    assert files_in(folder) == before
+    found = await audit.verify(database, archive=True)
+    assert [one.message.partition(": ")[2] for one in found.findings] == (
+        ["the file belongs to another audit trail"] * 2
+    )
+
+
+async def test_a_missing_folder_or_library_is_named(
+    database: Database,
+    other: Connection,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await put_old_months(database, other)
+    os.rename(folder, folder.with_name("elsewhere"))  # noqa: PTH104  # not asynchronous
+    with pytest.raises(errors.FileError, match=r"the folder .* does not exist"):
+        await audit.maintain(database)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(errors.ConfigurationError, match="with the extra `archive`"):
+        await audit.maintain(database)
+    assert partition(14) in await partitions(other)

@@ -1,0 +1,83 @@
+"""An S3 API over HTTP on loopback, which fails as asked."""
+
+import http.client
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.test import run_wsgi_app
+
+BUCKET = "archive"
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log(self, type: str, message: str, *args: Any) -> None: ...  # noqa: A002
+
+
+class Store:
+    """A server of S3. `fails` lets a request fail.
+
+    error: The store answers 500. unanswered: The store does its work, but the answer is lost, so
+    that the client asks twice. cut: Half of the answer arrives. down: This and all later requests
+    fail.
+    """
+
+    def __init__(self) -> None:
+        self.requests = self._number = 0
+        self._how = ""
+        self._lock = threading.Lock()
+        self._application = DomainDispatcherApplication(create_backend_app)
+        self.server = make_server(
+            "127.0.0.1", 0, self._answer, threaded=True, request_handler=_QuietHandler
+        )
+
+    def fails(self, number: int, how: str) -> None:
+        """Let a request fail: the first one from now on has the number 1. 0 ends all failures."""
+        with self._lock:
+            self.requests, self._number, self._how = 0, number, how
+
+    def url(self, prefix: str) -> str:
+        return (
+            f"s3://{BUCKET}/{prefix}?endpoint_override=127.0.0.1:{self.server.port}&scheme=http"
+            "&region=us-east-1"
+        )
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        with self._lock:
+            self.requests += 1
+            fails = self._number and (
+                self.requests == self._number
+                or (self._how == "down" and self.requests > self._number)
+            )
+            how = self._how if fails else ""
+        if how in ("error", "down"):
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return []
+        body, status, headers = run_wsgi_app(self._application, environ, buffered=True)
+        data = b"".join(body)
+        if how == "unanswered":
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        start_response(status, [*headers])
+        return [data[: len(data) // 2] if how == "cut" else data]
+
+
+@contextmanager
+def object_store() -> Iterator[Store]:
+    """Run a store with an empty bucket."""
+    store = Store()
+    thread = threading.Thread(target=store.server.serve_forever)
+    thread.start()
+    try:
+        client = http.client.HTTPConnection("127.0.0.1", store.server.port)
+        client.request("PUT", f"/{BUCKET}")
+        assert client.getresponse().status == http.HTTPStatus.OK
+        client.close()
+        yield store
+    finally:
+        store.server.shutdown()
+        thread.join()
+        store.server.server_close()

@@ -1,0 +1,308 @@
+"""The files of the archive: a folder or a bucket of an object store, and Parquet in it.
+
+pyarrow is an optional dependency, which is imported only when an archive is opened.
+"""
+
+import contextlib
+import hashlib
+import re
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+
+from tiger_db.audit.event_content import CONTENT_COLUMNS, Event
+from tiger_db.audit.event_members import split_members, text_of
+from tiger_db.audit.seal_format import Seal
+from tiger_db.errors import ConfigurationError, FileError, InvalidValue
+from tiger_db.files import UNFINISHED, sync_path
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow.fs import FileSystem
+
+ROWS_PER_GROUP = (
+    20_000  # Readers skip a row group whose statistics exclude the account or the time.
+)
+REPLACED = ".replaced-"  # Prefix of the names of files of interrupted attempts.
+_NAME = re.compile(r"month=(\d{4}-\d\d)/(\w[\w-]*\.parquet)", re.ASCII)
+_ORIGIN = b"tiger_db.origin"  # Key of the origin of the audit trail in the metadata of a file.
+_CHUNK_BYTES = 2**20
+_BLOOM_FILTER = {"ndv": 1000, "fpp": 0.01}
+Row: TypeAlias = tuple[object, ...]
+
+
+def _import_pyarrow() -> Any:  # noqa: ANN401  # pyarrow has no types
+    try:
+        import pyarrow as pa  # noqa: PLC0415  # optional, and slow to import
+        from pyarrow import fs, parquet  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ConfigurationError(
+            "the archive needs pyarrow: install tiger_db with the extra `archive`"
+        ) from error
+    return pa
+
+
+@contextlib.contextmanager
+def archive_errors(name: str) -> Iterator[None]:
+    """Convert the errors of pyarrow and of the file system to FileError."""
+    pyarrow = _import_pyarrow()
+    try:
+        yield
+    except FileError:
+        raise
+    except (OSError, pyarrow.ArrowException) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise FileError(f"the archive: {name}: {lines[0]}") from None
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The files of an archive. A name is a path relative to the archive, with slashes.
+
+    The methods block, and raise FileError if a file cannot be read or written.
+    """
+
+    location: str
+    root: str
+    filesystem: "FileSystem"
+    folder: Path | None  # None for an object store
+
+    def names(self, month: str | None = None) -> list[str]:
+        """Return the names of all files of the archive or of a month, in ascending order."""
+        fs = _import_pyarrow().fs
+        base = self.root if month is None else self._path(f"month={month}")
+        selector = fs.FileSelector(base, recursive=True, allow_not_found=month is not None)
+        with archive_errors(self.location):
+            found = self.filesystem.get_file_info(selector)
+        start = len(self.root) + 1
+        return sorted(info.path[start:] for info in found if info.type == fs.FileType.File)
+
+    @contextlib.contextmanager
+    def write(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a new file. A file in a folder is on the disk when the `with` block ends."""
+        with archive_errors(name):
+            if self.folder is not None:
+                (self.folder / name).parent.mkdir(exist_ok=True)
+            with self.filesystem.open_output_stream(self._path(name)) as stream:
+                yield stream
+            if self.folder is not None:
+                sync_path(self.folder / name)
+
+    @contextlib.contextmanager
+    def read(self, name: str) -> Iterator[tuple[IO[bytes], str]]:
+        """Copy a file to a temporary file. Yield the temporary file, and the SHA-256 digest."""
+        digest = hashlib.sha256()
+        with tempfile.TemporaryFile() as copy, archive_errors(name):
+            with self.filesystem.open_input_stream(self._path(name)) as stream:
+                while chunk := stream.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    copy.write(chunk)
+            copy.seek(0)
+            yield copy, digest.hexdigest()
+
+    def digest(self, name: str) -> str:
+        with self.read(name) as (_, digest):
+            return digest
+
+    def move(self, name: str, target: str) -> None:
+        """Rename a file. In an object store, this copies the object and deletes the old one."""
+        with archive_errors(target):
+            self.filesystem.move(self._path(name), self._path(target))
+            if self.folder is not None:
+                sync_path((self.folder / target).parent)
+                sync_path(self.folder)
+
+    def delete(self, name: str) -> None:
+        with archive_errors(name):
+            self.filesystem.delete_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+
+def open_archive(location: str) -> Archive:
+    """Open the archive AUDIT_ARCHIVE: an existing folder, or `s3://bucket/prefix`.
+
+    Raises:
+        ConfigurationError: pyarrow is not installed.
+        FileError: The folder does not exist, or the URL of the object store is not valid.
+    """
+    pyarrow = _import_pyarrow()
+    if "://" in location:
+        with archive_errors(location):
+            filesystem, root = pyarrow.fs.FileSystem.from_uri(location)
+        return Archive(location, root.rstrip("/"), filesystem, None)
+    folder = Path(location).absolute()
+    if not folder.is_dir():
+        raise FileError(f"the archive: the folder {location} does not exist")
+    return Archive(location, folder.as_posix(), pyarrow.fs.LocalFileSystem(), folder)
+
+
+def parse_name(name: str) -> tuple[str, str] | None:
+    """Return the month and the rest of the name of an archived file, or None for other files."""
+    found = _NAME.fullmatch(name)
+    return (found[1], found[2]) if found else None
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a file is unfinished or was replaced. Readers of the archive ignore it."""
+    return name.rpartition("/")[2].startswith((UNFINISHED, REPLACED))
+
+
+def event_schema(origin: str) -> "pa.Schema":
+    """Return the columns of a file of events: the members of the content, and the content."""
+    pa = _import_pyarrow()
+    types = {"created_at": pa.timestamp("us", tz="UTC"), "duration_ms": pa.int64()}
+    return pa.schema(
+        [
+            pa.field("position", pa.int64(), nullable=False),
+            *((name, types.get(name, pa.string())) for name in CONTENT_COLUMNS),
+            pa.field("content", pa.string(), nullable=False),
+        ],
+        {_ORIGIN: origin.encode()},
+    )
+
+
+def seal_schema(origin: str) -> "pa.Schema":
+    """Return the columns of a file of seals, which are those of the table `audit_seals`."""
+    pa = _import_pyarrow()
+    types = {
+        "number": pa.int64(),
+        "statement": pa.string(),
+        "signature": pa.binary(),
+        "digests": pa.binary(),
+    }
+    fields = [pa.field(name, kind, nullable=False) for name, kind in types.items()]
+    return pa.schema(fields, {_ORIGIN: origin.encode()})
+
+
+def event_row(event: Event) -> Row:
+    position, content = event
+    identity, created_at, *values = map(text_of, split_members(content))
+    duration = CONTENT_COLUMNS.index("duration_ms") - 2
+    number = values[duration]
+    row: list[object] = [position, identity, _time(created_at), *values, content]
+    row[duration + 3] = int(number) if number is not None else None
+    return tuple(row)
+
+
+def _time(text: str | None) -> datetime | None:
+    """Parse a time. A time that is infinite or not in the years 1 to 9999 becomes None."""
+    try:
+        return datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+
+
+class ParquetFile:
+    """A Parquet file that is written under a temporary name, in row groups.
+
+    The attribute `digest` is the SHA-256 digest of all bytes that were written.
+    """
+
+    def __init__(self, archive: Archive, month: str, schema: "pa.Schema") -> None:
+        parquet = _import_pyarrow().parquet
+        self.archive = archive
+        self.unfinished = f"month={month}/{UNFINISHED}{secrets.token_hex(8)}"
+        self.rows = 0
+        self._hash = hashlib.sha256()
+        self._schema = schema
+        self._stack = contextlib.ExitStack()
+        stream = self._stack.enter_context(archive.write(self.unfinished))
+        is_events = "content" in schema.names
+        filters = ("tiger_account_id", "api_key_id")
+        self._writer = parquet.ParquetWriter(
+            _HashingStream(stream, self._hash.update),
+            schema,
+            compression="zstd",
+            use_dictionary=[n for n in schema.names if n not in ("position", "content", "id")],
+            write_page_index=True,
+            bloom_filter_options=dict.fromkeys(filters, _BLOOM_FILTER) if is_events else None,
+            sorting_columns=[parquet.SortingColumn(0)],
+        )
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Write a row group."""
+        pa = _import_pyarrow()
+        columns = [
+            pa.array(values, field.type)
+            for values, field in zip(zip(*rows, strict=True), self._schema, strict=True)
+        ]
+        with archive_errors(self.unfinished):
+            self._writer.write_batch(pa.record_batch(columns, self._schema))
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        with self._stack, archive_errors(self.unfinished):
+            self._writer.close()
+
+    def abort(self) -> None:
+        """Stop writing, and delete the file as far as possible."""
+        with contextlib.suppress(FileError):
+            self.close()
+        with contextlib.suppress(FileError):
+            self.archive.delete(self.unfinished)
+
+
+class _HashingStream:
+    """A stream that passes all bytes to a second function, too."""
+
+    closed = False
+
+    def __init__(self, stream: IO[bytes], update: Callable[[bytes], object]) -> None:
+        self._stream, self._update = stream, update
+
+    def write(self, data: bytes) -> int:
+        self._update(data)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def close(self) -> None:
+        """Leave the stream open."""
+
+
+def origin_of(file: IO[bytes]) -> str | None:
+    """Return the origin of the trail in the metadata of a file, or None if there is none."""
+    metadata = _open_parquet(file).schema_arrow.metadata or {}
+    found = metadata.get(_ORIGIN)
+    return None if found is None else found.decode(errors="replace")
+
+
+def read_events(file: IO[bytes]) -> Iterator[Event]:
+    """Yield the position and the content of each event of a file."""
+    yield from _read(file, ("position", "content"))
+
+
+def read_seals(file: IO[bytes]) -> Iterator[Seal]:
+    for number, statement, signature, digests in _read(file, tuple(seal_schema("").names)):
+        yield Seal(statement, signature, digests, number)
+
+
+def _read(file: IO[bytes], columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+    parquet_file = _open_parquet(file)
+    if missing := {*columns} - {*parquet_file.schema_arrow.names}:
+        raise InvalidValue(f"the file has no column {min(missing)}")
+    for batch in parquet_file.iter_batches(ROWS_PER_GROUP // 4, columns=list(columns)):
+        yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+
+
+def _open_parquet(file: IO[bytes]) -> Any:  # noqa: ANN401  # pyarrow has no types
+    pyarrow = _import_pyarrow()
+    file.seek(0)
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowException as error:
+        raise InvalidValue("the file is not a Parquet file") from error

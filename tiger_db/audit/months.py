@@ -1,0 +1,157 @@
+"""Months of the audit trail whose events are sealed, as partitions of `audit_logs`."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from datetime import datetime
+
+from tiger_db.audit import storage
+from tiger_db.audit.event_content import Event
+from tiger_db.audit.seal_format import MerkleTree, Seal, digest_of
+from tiger_db.audit.storage import Connection
+
+NOT_SEALED = "the month holds events that are not sealed: run `tiger-db seal-audit`"
+# The seals that cover positions between $1 and $2, and the neighbors of these seals.
+_COVERING_SEALS = """
+WITH seals AS (
+    SELECT *, (statement::jsonb ->> text 'after')::bigint AS after,
+        (statement::jsonb ->> text 'upto')::bigint AS upto
+    FROM audit_seals WHERE NOT statement::jsonb ? text 'retired'
+), covering AS (
+    SELECT statement, signature, digests, number FROM seals,
+        (SELECT min(after) AS low, max(upto) AS high FROM seals WHERE upto >= $1 AND after < $2) r
+    WHERE upto >= low AND after <= high
+)
+"""
+_SELECT_COVERING_SEALS = f"{_COVERING_SEALS} SELECT * FROM covering ORDER BY number"  # noqa: S608  # a constant
+# The seals between these seals, too, which record retired months or introduce a signing key.
+_SELECT_CHAIN = f"""{_COVERING_SEALS}
+SELECT statement, signature, digests, number FROM audit_seals
+WHERE number BETWEEN (SELECT min(number) FROM covering) AND (SELECT max(number) FROM covering)
+ORDER BY number
+"""  # noqa: S608  # a constant
+_SELECT_RETIREMENTS = """
+SELECT statement, signature, digests, number FROM audit_seals
+WHERE number > 0 AND statement::jsonb ? text 'retired' ORDER BY number
+"""
+_SELECT_POSITIONS = "SELECT position FROM audit_logs WHERE position BETWEEN $1 AND $2"
+_PREFETCHED_SEALS = 20
+
+
+class CannotRetireError(Exception):
+    """An error whose message is the reason why a month cannot be retired."""
+
+
+class ArchiveBusyError(CannotRetireError):
+    """Another session is writing to the archive."""
+
+
+def partition_of(month: str) -> str:
+    """Return the name of the partition of a month such as `2026-01`."""
+    return f"audit_logs_{month.replace('-', '_')}"
+
+
+@dataclass(frozen=True, slots=True)
+class SealedMonth:
+    """The events of a month, which are sealed: first and last position, and number of events."""
+
+    partition: str
+    first: int
+    last: int
+    count: int
+
+
+async def find_sealed_month(
+    connection: Connection, month: str, upto: int, *, written_before: datetime | None = None
+) -> SealedMonth | None:
+    """Return the sealed events of a month, or None if the month has no events.
+
+    `upto` is the last sealed position. All events must have been written before `written_before`.
+
+    Raises:
+        CannotRetireError: The month has an event that is not sealed, or was written too late.
+    """
+    partition = partition_of(month)
+    if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
+        return None
+    first, last, written, count = await connection.fetchrow(
+        f"SELECT min(position), max(position), max(created_at), count(*) FROM {partition}"  # noqa: S608  # the name of a month
+    )
+    if first is None:
+        return None
+    if written_before is not None and written >= written_before:
+        raise CannotRetireError(
+            "the month holds events that were written in a later month by a machine whose clock"
+            " was wrong"
+        )
+    if last > upto:
+        raise CannotRetireError(NOT_SEALED)
+    return SealedMonth(partition, first, last, count)
+
+
+async def fetch_retirements(connection: Connection) -> list[Seal]:
+    return [Seal(*row) for row in await connection.fetch(_SELECT_RETIREMENTS)]
+
+
+async def sealed_events(
+    connection: Connection, month: SealedMonth, past: dict[int, str]
+) -> AsyncGenerator[tuple[Event, bytes], None]:
+    """Yield the events of a month in order of position, with their digests, in a transaction.
+
+    The digests of the payloads of the seals are added to `past`, by the numbers of the seals. The
+    memory use does not depend on the number of events.
+
+    Raises:
+        CannotRetireError: The month has an event that was changed, or that no seal covers, or an
+            event of the seals of the month is missing.
+    """
+    retired = [
+        run for seal in await fetch_retirements(connection) for run in seal.payload().positions
+    ]
+    found = 0
+    seals = connection.cursor(
+        _SELECT_COVERING_SEALS, month.first, month.last, prefetch=_PREFETCHED_SEALS
+    )
+    async for row in seals:
+        seal = Seal(*row)
+        payload = seal.payload()
+        past[payload.number] = seal.payload_digest
+        expected = dict(seal.event_digests(payload))
+        if MerkleTree(expected.items()).root != payload.root:
+            raise CannotRetireError(
+                f"the digests of seal {payload.number} do not match its Merkle root:"
+                " run `tiger-db verify-audit`"
+            )
+        query = storage.select_events(payload.after + 1, payload.upto, table=month.partition)
+        async for position, content in storage.read_events(connection, query):
+            digest = digest_of(content)
+            if expected.get(position) != digest:
+                raise CannotRetireError(
+                    f"the event at position {position} differs from the sealed event:"
+                    " run `tiger-db verify-audit`"
+                )
+            found += 1
+            yield (position, content), digest
+        present = await connection.fetch(_SELECT_POSITIONS, payload.after + 1, payload.upto)
+        missing = expected.keys() - {position for (position,) in present}
+        for start, end in retired if missing else ():
+            missing -= {*range(max(start, payload.after + 1), min(end, payload.upto) + 1)}
+        if missing:
+            raise CannotRetireError(
+                f"the event at position {min(missing)} is missing: run `tiger-db verify-audit`"
+            )
+    if found != month.count:
+        raise CannotRetireError(
+            "the month holds events that no seal covers: run `tiger-db verify-audit`"
+        )
+
+
+async def seals_between(
+    connection: Connection, first: int, last: int, *, whole_chain: bool = False
+) -> AsyncGenerator[Seal, None]:
+    """Yield the seals that cover the events between two positions, in a transaction.
+
+    With `whole_chain`, also yield the seals between these seals, which cover no events.
+    """
+    query = _SELECT_CHAIN if whole_chain else _SELECT_COVERING_SEALS
+    async for row in connection.cursor(query, first, last, prefetch=_PREFETCHED_SEALS):
+        yield Seal(*row)
