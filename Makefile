@@ -15,7 +15,7 @@ COMPILE := $(RUN)/uv pip compile pyproject.toml --extra embedded --extra tiger -
 	--upgrade --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 
 .PHONY: help setup demo test test-system test-docker test-slow test-settings test-lowest test-wheel
-.PHONY: soak screenshots lint format schema bench lock
+.PHONY: soak screenshots lint format schema bench bench-check lock
 .PHONY: migrate revision downgrade current history check clean
 
 help: ## show this list
@@ -82,6 +82,9 @@ schema: $(READY) ## write docs/schema.md from the models and the migrated databa
 
 bench: $(READY) ## compare with plain asyncpg, and write benchmarks/RESULTS.md
 	@$(RUN)/python -m benchmarks
+
+bench-check: $(READY) ## name the most important paths that are slower than in benchmarks/RESULTS.md
+	@$(RUN)/python -m benchmarks.check
 
 lock: $(READY) ## write the newest allowed versions of the dependencies to requirements.txt, with hashes
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check uv

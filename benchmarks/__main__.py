@@ -11,7 +11,7 @@ from pathlib import Path
 
 import asyncpg
 
-from benchmarks import accounts, audit, keys, refreshes, sessions
+from benchmarks import accounts, audit, bare, keys, processes, refreshes, sessions
 from benchmarks.work import ROUNDS, Result, Work, measure
 from tests.support.servers import create_database
 from tiger_db import Database
@@ -21,6 +21,17 @@ from tiger_db.testing import databases, servers
 
 NAME = "tiger_db_bench"
 PACKAGES = ("tiger-db", "asyncpg", "sqlalchemy", "sqlmodel", "pydantic", "keyshield")
+
+
+async def compared_with_bare(server: servers.Server) -> list[Result]:
+    """Measure the most important paths, compared with what a user of SQLModel writes by hand."""
+    async with other_database(server, "bare") as database:
+        await accounts.fill(database, bare.ACCOUNTS + 1)
+        await audit.fill(database)
+        async with bare.works(database) as works:
+            results = [await measured(work) for work in works]
+    with processes.command_work() as work:
+        return [*results, await measured(work), await measured(processes.import_work())]
 
 
 async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
@@ -50,7 +61,7 @@ async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
             async with other_database(server, "trail") as trail:
                 results_, facts = await trail_results(trail, _writing(results))
             more_results, more_facts = await refresh_results(server)
-            starts = [*sessions.facts()]
+            starts = [*processes.facts()]
             print(*starts, sep="\n")
             return results + results_ + more_results, facts + more_facts + starts
     finally:
@@ -128,17 +139,40 @@ async def _json(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
     )
 
 
-def report(results: Sequence[Result], facts: Sequence[str], server: servers.Server) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    rows = "\n".join(
+def _rows(results: Sequence[Result]) -> str:
+    return "\n".join(
         f"| {result.name} | {_micro(result.ours)} | {_micro(result.plain)}"
         f" | {result.ratio:.{2 if result.ratio > 0.1 else 4}f} |"
         for result in results
         if result.name != audit.DEPTH
     )
+
+
+def report(
+    bare_results: Sequence[Result],
+    results: Sequence[Result],
+    facts: Sequence[str],
+    server: servers.Server,
+) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     depth = next(result for result in results if result.name == audit.DEPTH)
     facts_ = "\n".join(f"- {fact}" for fact in facts)
     return f"""# Results
+
+## Compared with SQLModel
+
+Each row compares tiger_db with what a user of SQLModel writes by hand for the same work:
+[bare.py](bare.py) and [processes.py](processes.py) have this code. It has no validation,
+decryption, change tracking, audit events and typed errors. The times are microseconds per
+operation: the median of {ROUNDS} rounds, in which both sides take turns.
+
+| work | tiger_db | SQLModel | ratio |
+|---|---:|---:|---:|
+{_rows(bare_results)}
+
+`make bench-check` measures these rows again, and reports the ratios that are worse by a quarter.
+
+## Compared with plain asyncpg
 
 Each row compares tiger_db with the same work in plain asyncpg, over a Unix socket. The times are
 microseconds per operation: the median of {ROUNDS} rounds, in which both sides take turns. If the
@@ -148,7 +182,7 @@ instead of plain asyncpg.
 
 | work | tiger_db | plain asyncpg, or the other work | ratio |
 |---|---:|---:|---:|
-{rows}
+{_rows(results)}
 
 With tiger_db, page {audit.ROWS // audit.PAGE:,} takes {depth.ratio:.2f} times as long as page 1.
 
@@ -167,8 +201,9 @@ def _micro(seconds: float) -> str:
 def main() -> None:
     server = servers.choose(in_memory=False)
     try:
+        bare_results = asyncio.run(compared_with_bare(server))
         results, facts = asyncio.run(run(server))
-        text = report(results, facts, server)
+        text = report(bare_results, results, facts, server)
         Path(__file__).with_name("RESULTS.md").write_text(text, encoding="utf-8")
     finally:
         server.stop()

@@ -27,14 +27,18 @@ LISTED = f"list {PAGE:,} accounts, compared with the same without secret columns
 ROTATED = f"re-encrypt {ACCOUNTS:,} accounts, compared with UPDATE … RETURNING in such batches"
 
 
-async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> list[Work]:
+async def fill(database: Database, accounts: int) -> None:
     async with database.session() as session:
         session.add_all(
             [
                 TigerAccount(account_name="Bench", account_number=str(51230000 + n), **SECRETS)
-                for n in range(ACCOUNTS)
+                for n in range(accounts)
             ]
         )
+
+
+async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> list[Work]:
+    await fill(database, ACCOUNTS)
     mapper = TigerAccount.__mapper__  # type: ignore[attr-defined]  # SQLAlchemy's
     secrets = [name for name, _ in encrypted_columns(mapper)]
     without = select(TigerAccount).options(
