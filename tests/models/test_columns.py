@@ -27,11 +27,10 @@ from tiger_db.models.columns import (
     Int64,
     JsonObject,
     Text,
-    TrackedDict,
-    TrackedList,
     UTCDateTime,
     sql_type,
 )
+from tiger_db.models.tracking import TrackedDict, TrackedList
 
 
 def half_of(items: list[Any]) -> Iterator[Any]:

@@ -13,8 +13,8 @@ from tiger_db import APIKeyScope, Database, TigerAccount, TokenStatus, crud
 from tiger_db.crud.common import execute_driver_sql
 from tiger_db.database import AsyncSession
 from tiger_db.models.base import Entity, hydrate, merge_row, row_expression
-from tiger_db.models.columns import Tracked
 from tiger_db.models.secrets import key_provider
+from tiger_db.models.tracking import Tracked
 
 FULL = {
     "private_key": PK8, "secret_key": "secret", "access_token": "token", "refresh_token": "more",

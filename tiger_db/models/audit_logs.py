@@ -27,13 +27,13 @@ from tiger_db.models.columns import (
     JsonObject,
     OpenEnum,
     Text,
-    Tracked,
     UTCDateTime,
     enum_type,
     metadata,
     open_enum,
 )
 from tiger_db.models.event_sanitizer import sanitize_event
+from tiger_db.models.tracking import Tracked
 from tiger_db.models.views import SetByDatabase
 
 if TYPE_CHECKING:

@@ -32,16 +32,9 @@ from sqlalchemy.types import TypeEngine
 from tiger_db.decoding import report_unreadable
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import InvalidFields
-from tiger_db.models.columns import (
-    Json,
-    Timestamp,
-    Tracked,
-    is_native_enum,
-    metadata,
-    sql_type,
-    track,
-)
+from tiger_db.models.columns import Json, Timestamp, is_native_enum, metadata, sql_type
 from tiger_db.models.secrets import bind_secrets, encrypt_secrets, key_provider
+from tiger_db.models.tracking import Tracked, TrackedAttribute
 from tiger_db.models.views import EntityView, MutableEntityView
 from tiger_db.tracebacks import forgets_locals
 
@@ -179,7 +172,7 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
         mapper = object_mapper(self)
         twin: Self = mapper.class_manager.new_instance()
         for name in mapper.column_attrs.keys() & self.__dict__.keys():
-            set_attribute(twin, name, track(self.__dict__[name]))
+            set_attribute(twin, name, self.__dict__[name])
         twin.__pydantic_fields_set__.update(self.__pydantic_fields_set__)
         return twin
 
@@ -301,6 +294,14 @@ def readable_rules(table: Table) -> dict[str, str]:
     }
 
 
+@event.listens_for(Entity, "after_mapper_constructed", propagate=True)
+def _track_changes(mapper: Mapper[Entity], cls: type[Entity]) -> None:
+    """Track in-place changes of the dicts and lists in the columns of an entity."""
+    for name, column in mapper.local_table.c.items():
+        if isinstance(column.type, ARRAY | JSONB):
+            type.__setattr__(cls, name, TrackedAttribute(getattr(cls, name)))
+
+
 # Event listeners that run when the ORM flushes or loads entities
 
 
@@ -367,7 +368,7 @@ def hydrate(entity: type[E_], values: Sequence[Any], provider: KeyProvider | Non
     row = mapper.class_manager.new_instance()
     # vars(row).update() bypasses SQLAlchemy's change tracking, because loading is not a change.
     vars(row).update(_converted(entity, values))
-    _bind_loaded(row, provider)
+    bind_secrets(row, provider)
     make_transient_to_detached(row)
     return row
 
@@ -383,17 +384,8 @@ def merge_row(session: Session, entity: type[E_], values: Sequence[Any]) -> E_:
         return row
     for name, value in _converted(entity, values).items():
         set_committed_value(row, name, value)
-    _bind_loaded(row, key_provider(session))
+    bind_secrets(row, key_provider(session))
     return row
-
-
-def _bind_loaded(row: Entity, provider: KeyProvider | None) -> None:
-    state = instance_state(row)
-    for name in _tracked_columns(type(row)):
-        value = row.__dict__[name]
-        if isinstance(value, Tracked):
-            value.set_parent(state, name)
-    bind_secrets(row, provider)
 
 
 def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
@@ -403,8 +395,6 @@ def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
         if row[name] is not None:
             row[name] = convert(row[name])
     report_unreadable(entity.__tablename__, row)
-    for name in _tracked_columns(entity):
-        row[name] = track(row[name])
     return row
 
 
@@ -426,13 +416,6 @@ def _converters(entity: type[Entity]) -> list[tuple[str, Callable[[Any], Any]]]:
 
 def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
     return type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
-
-
-@cache
-def _tracked_columns(entity: type[Entity]) -> list[str]:
-    """Return the names of the columns whose in-place changes are tracked."""
-    columns = _columns(entity).items()
-    return [name for name, type_ in columns if isinstance(type_, ARRAY | JSONB)]
 
 
 def _cast(type_: TypeEngine[Any]) -> str:

@@ -1,8 +1,7 @@
-"""The Python and SQL types of columns, and the change tracking of JSON values and lists."""
+"""The Python and SQL types of columns."""
 
 import json
 import re
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
@@ -17,8 +16,6 @@ from sqlalchemy import Enum as SQLEnum
 from sqlalchemy import Text as SQLText
 from sqlalchemy.dialects.postgresql import ARRAY, CIDR, INET, JSONB
 from sqlalchemy.dialects.postgresql import UUID as SQLUUID
-from sqlalchemy.ext.mutable import Mutable
-from sqlalchemy.orm import InstanceState
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from tiger_db.decoding import UNREADABLE, as_object, as_objects, unreadable_list
@@ -264,8 +261,7 @@ def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotat
     """Return the SQL type for the annotation of a field.
 
     A field that is a list of scalars gets an array column. Dicts and lists of dicts become JSONB.
-    In-place changes of dicts and lists are tracked. The SQL type does not depend on `None` or on
-    validators in the annotation.
+    The SQL type does not depend on `None` or on validators in the annotation.
     """
     while get_origin(annotation) in {Annotated, Union, UnionType}:
         annotation = get_args(annotation)[0]
@@ -273,151 +269,12 @@ def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotat
     if issubclass(kind, list):
         item = sql_type(get_args(annotation)[0])
         if isinstance(item, JSONB):
-            return Tracked.as_mutable(JsonArray(none_as_null=True))
+            return JsonArray(none_as_null=True)
         if isinstance(item, OpenEnum):
             item = item.impl_instance
-        return Tracked.as_mutable(List(item, dimensions=1))
+        return List(item, dimensions=1)
     if issubclass(kind, dict):
-        return Tracked.as_mutable(Json(none_as_null=True))
+        return Json(none_as_null=True)
     if issubclass(kind, Enum):
         return OpenEnum(kind, enum_type(kind))
     return next(make() for python_type, make in _SQL_TYPES if issubclass(kind, python_type))
-
-
-# Change tracking of JSON values and lists
-
-
-class Tracked(Mutable):
-    """A dict or list that reports in-place changes, so that the ORM saves the changes.
-
-    The root is the dict or list that is the value of a column. A nested dict or list reports
-    changes to the root, and the root marks the column as modified. The attribute `root` is None in
-    the dict or list that is the value of a column. The attribute `modified` is True after an
-    in-place change of the root.
-    """
-
-    root: "Tracked | None" = None
-    modified = False
-
-    @classmethod
-    def coerce(cls, key: str, value: object) -> object:  # noqa: ARG003  # SQLAlchemy's signature
-        return track(value)
-
-    def changed(self) -> None:
-        if self.root is None:
-            self.modified = True
-            super().changed()
-        else:
-            self.root.changed()
-
-    def set_parent(self, state: InstanceState[Any], name: str) -> None:
-        """Register the entity and the column to which this dict or list belongs.
-
-        Only `hydrate` and `merge_row` call `set_parent`, because SQLAlchemy itself registers the
-        entities that the ORM loads.
-        """
-        self._parents[state] = name
-
-    def tracked_part(self, value: object) -> object:
-        """Return a nested value that notifies the root of this object when its content changes.
-
-        A dict or list that does not report changes to the root yet is replaced by a tracked copy.
-        """
-        root = self.root or self
-        if isinstance(value, Tracked) and (value.root or value) is root:
-            return value
-        return track(value, root)
-
-    @abstractmethod
-    def track_parts(self) -> None:
-        """Replace nested dicts and lists by tracked copies that report changes to the root."""
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object]]:
-        # A copied or unpickled dict or list belongs to no entity, so its changes are not tracked.
-        return track, (_untracked(self),)
-
-
-class TrackedDict(Tracked, dict[Any, Any]):
-    """A dict that reports in-place changes."""
-
-    def track_parts(self) -> None:
-        for key, value in self.items():
-            dict.__setitem__(self, key, self.tracked_part(value))
-
-    def replace_content(self, value: dict[Any, Any]) -> None:
-        """Replace the content of this dict, and report a change if the new content differs."""
-        if value != self:
-            self.clear()
-            self.update(value)
-
-    def setdefault(self, key: Any, default: Any = None, /) -> Any:  # noqa: ANN401  # dict's signature
-        if key not in self:
-            self[key] = default
-        return self[key]  # a new dict or list is stored as a tracked copy
-
-
-class TrackedList(Tracked, list[Any]):
-    """A list that reports in-place changes."""
-
-    def track_parts(self) -> None:
-        for index, value in enumerate(self):
-            list.__setitem__(self, index, self.tracked_part(value))
-
-    def replace_content(self, value: list[Any]) -> None:
-        """Replace the content of this list, and report a change if the new content differs.
-
-        An enum member and an equal text count as different content.
-        """
-        if value != self or not all(map(isinstance, self, map(type, value))):
-            self[:] = value
-
-
-def track(value: object, root: Tracked | None = None) -> object:
-    """Copy a dict or list. The copy reports in-place changes, so that the ORM saves the changes.
-
-    Nested dicts and lists are copied, too. Return a value unchanged if the value is neither a dict
-    nor a list.
-    """
-    if isinstance(value, dict):
-        tracked: Tracked = TrackedDict({k: _untracked(v) for k, v in value.items()})
-    elif isinstance(value, list):
-        tracked = TrackedList(map(_untracked, value))
-    else:
-        return value
-    tracked.root = root
-    tracked.track_parts()
-    return tracked
-
-
-def _untracked(value: object) -> object:
-    """Return a plain copy of a tracked dict or list, or return any other value unchanged."""
-    match value:
-        case TrackedDict():
-            return dict(value)
-        case TrackedList():
-            return list(value)
-    return value
-
-
-def _reporting(cls: type[TrackedDict | TrackedList], name: str) -> Callable[..., Any]:
-    change = getattr(cls, name)
-
-    def report(self: TrackedDict | TrackedList, /, *args: object, **kwargs: object) -> object:
-        try:
-            return change(self, *args, **kwargs)
-        finally:  # before a method fails, the method can change a part of the dict or list
-            self.track_parts()
-            self.changed()
-
-    return report
-
-
-for _name in (
-    "__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "update",
-):  # fmt: skip
-    setattr(TrackedDict, _name, _reporting(TrackedDict, _name))
-for _name in (
-    "__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "clear", "extend", "insert",
-    "pop", "remove", "reverse", "sort",
-):  # fmt: skip
-    setattr(TrackedList, _name, _reporting(TrackedList, _name))

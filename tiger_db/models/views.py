@@ -11,7 +11,8 @@ from sqlmodel import Field, SQLModel
 from uuid_utils.compat import uuid7
 
 from tiger_db.encryption import Secret
-from tiger_db.models.columns import UTCDateTime, track
+from tiger_db.models.columns import UTCDateTime
+from tiger_db.models.tracking import plain_copy
 from tiger_db.tracebacks import forgets_locals
 
 T = TypeVar("T")
@@ -103,7 +104,7 @@ class EntityView(SQLModel):
         entity, with its secrets. The stored values are not validated again, because an earlier
         release can have stored values that are invalid now.
         """
-        values: dict[str, Any] = {n: track(getattr(entity, n)) for n in cls.model_fields}
+        values: dict[str, Any] = {n: plain_copy(getattr(entity, n)) for n in cls.model_fields}
         # The mypy plugin of pydantic declares that model_construct() returns an EntityView.
         return cast("Self", cls.model_construct(**values))
 
