@@ -1,6 +1,6 @@
 """The base classes of entities, and functions that create entities from raw rows."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, ClassVar, Self, TypeVar
@@ -10,7 +10,9 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError, PydanticUndefined
@@ -167,6 +169,22 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
         """Return the name of the entity for error messages, or an empty string."""
         return ""
 
+    # SQLAlchemy loads the columns in any order. Here, the fields are sorted when they are shown.
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        _sort_fields(self)
+        return super().__repr_args__()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]  # pydantic's signature
+        _sort_fields(self)
+        return super().__iter__()
+
+    # With an annotation of the result, the JSON schema would not describe the fields.
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        _sort_fields(self)
+        return handler(self)
+
     def __copy__(self) -> Self:
         """Return a transient copy of the entity with its loaded columns, without relationships."""
         mapper = object_mapper(self)
@@ -212,6 +230,19 @@ class MutableEntity(Entity, MutableEntityView):
     """An entity whose rows can be updated."""
 
     __abstract__: ClassVar[bool] = True
+
+
+def _sort_fields(entity: Entity) -> None:
+    """Sort the values of an entity in the order of its fields."""
+    values = entity.__dict__
+    for name in _field_names(type(entity)):
+        if name in values:
+            values[name] = values.pop(name)
+
+
+@cache
+def _field_names(entity: type[Entity]) -> tuple[str, ...]:
+    return tuple(entity.model_fields)
 
 
 def _invalid_fields(error: ValidationError) -> InvalidFields:
@@ -318,15 +349,6 @@ def _prepare_flush(mapper: Mapper[Any], connection: Connection, row: Entity) -> 
     for name, value in row.validate_changes(changed).items():
         changed[name].replace_content(value)
     encrypt_secrets(mapper, connection, row)
-
-
-@event.listens_for(Entity, "load", propagate=True)
-def _order_fields(row: Entity, *_: object) -> None:
-    """Sort the loaded values of an entity in the order of the fields, for `repr` and JSON."""
-    values = row.__dict__
-    for name in type(row).model_fields:
-        if name in values:
-            values[name] = values.pop(name)
 
 
 @event.listens_for(Entity, "load", propagate=True)
