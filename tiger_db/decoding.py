@@ -28,6 +28,7 @@ _MAX_DIGITS = 4300  # Python converts no longer text to an integer.
 # Number of rows that the log of a process names, so that bad rows cannot fill the log.
 _MAX_NAMED_ROWS = 1000
 _named: set[tuple[str, object]] = set()  # tables and ids of the rows that the log has named
+_raw_decode = json.JSONDecoder().raw_decode
 _logger = logging.getLogger("tiger_db")
 
 
@@ -100,8 +101,12 @@ def decode_time(value: tuple[int]) -> datetime:
 
 def decode_json(text: str | bytes) -> Any:  # noqa: ANN401  # any JSON value
     """Parse JSON. A number that Python cannot represent is read as the text of its digits."""
-    if len(text) <= _HARMLESS_CHARACTERS:
-        return json.loads(text)
+    if len(text) <= _HARMLESS_CHARACTERS and isinstance(text, str):
+        try:
+            # Unlike json.loads(), raw_decode() does not search for spaces, which `jsonb` lacks.
+            return _raw_decode(text)[0]
+        except ValueError:  # the type `json` keeps spaces
+            return json.loads(text)
     try:
         value = json.loads(text, parse_int=_integer, parse_float=_float)
         if not _is_too_deep(value):

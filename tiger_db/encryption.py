@@ -350,8 +350,17 @@ class EncryptedSecret(Secret):
     `bound` contains the values of the other columns that are associated data, or is None if these
     values are not known. If a flush replaces a ciphertext, the attribute `replaced_bound` of the
     new secret has the value of `bound` for the old ciphertext.
+
+    A loaded secret gets its associated data and its key provider from `source` when it is used for
+    the first time, because most secrets of a list of rows are never used.
     """
 
+    aad: str
+    provider: KeyProvider | None
+    owner: str
+    bound: str | None
+    source: "SecretSource | None" = None
+    column = ""  # name of the column of a loaded secret
     replaced_bound: str | None = None
     same_text = False  # whether the flush that replaces the ciphertext keeps the text
 
@@ -368,6 +377,15 @@ class EncryptedSecret(Secret):
         self.provider = provider
         self.owner = owner
         self.bound = bound
+
+    def __getattr__(self, name: str) -> object:
+        if name not in _LOADED_ATTRIBUTES:
+            raise AttributeError(name)
+        self.aad, self.provider, self.owner, self.bound = "", None, "", ""
+        if self.source is not None:
+            self.aad, self.provider, self.owner, self.bound = self.source.resolve(self.column)
+            self.source = None
+        return vars(self)[name]
 
     @property
     def key_id(self) -> str:
@@ -407,6 +425,25 @@ class EncryptedSecret(Secret):
         return EncryptedSecret, (self.ciphertext, self.aad, None, self.owner, self.bound)
 
 
+_LOADED_ATTRIBUTES = {"aad", "provider", "owner", "bound"}
+
+
+class SecretSource(Protocol):
+    """The row from which secrets were loaded."""
+
+    def resolve(self, column: str) -> tuple[str, KeyProvider | None, str, str | None]:
+        """Return the values of `aad`, `provider`, `owner` and `bound` for a secret of the row."""
+        ...
+
+
+def _loaded_secret(ciphertext: bytes | None) -> EncryptedSecret | None:
+    if ciphertext is None:
+        return None
+    secret = EncryptedSecret.__new__(EncryptedSecret)
+    secret.ciphertext = ciphertext
+    return secret
+
+
 class EncryptedType(TypeDecorator[SecretStr]):
     """The SQL type of `bytea` columns with ciphertexts.
 
@@ -439,12 +476,13 @@ class EncryptedType(TypeDecorator[SecretStr]):
             )
         return value.ciphertext
 
-    def process_result_value(
+    def result_processor(
         self,
-        value: bytes | None,
         dialect: Dialect,  # noqa: ARG002  # SQLAlchemy passes this argument
-    ) -> EncryptedSecret | None:
-        return None if value is None else EncryptedSecret(value)
+        coltype: object,  # noqa: ARG002  # SQLAlchemy passes this argument
+    ) -> Callable[[bytes | None], EncryptedSecret | None]:
+        # SQLAlchemy would call process_result_value() by way of another function.
+        return _loaded_secret
 
     def compare_values(self, x: object, y: object) -> bool:
         if isinstance(x, EncryptedSecret) and isinstance(y, EncryptedSecret):

@@ -221,6 +221,62 @@ async def test_reading_writes_nothing(clone: Database) -> None:
         assert statements == []
 
 
+async def test_a_value_is_plain_until_it_is_read(session: AsyncSession) -> None:
+    account = await factories.account(session, tags={"a": [1]}, market_permissions=["US"])
+    await reloaded(session, account)
+    assert (type(vars(account)["tags"]), type(vars(account)["market_permissions"])) == (dict, list)
+    assert type(account.tags) is TrackedDict
+    assert account.tags is vars(account)["tags"]
+    assert type(vars(account)["market_permissions"]) is list
+    assert account not in session.dirty
+
+
+async def test_a_merged_row_has_its_own_value(session: AsyncSession, database: Database) -> None:
+    account = await factories.account(session, tags={"a": [1]})
+    await session.flush()
+    session.expunge(account)
+    for read in (False, True):
+        if read:
+            assert account.tags == {"a": [1]}
+        twin = await session.merge(account, load=False)
+        twin.tags["a"].append(2)  # type: ignore[union-attr]  # it is a list
+        assert account.tags == {"a": [1]}
+        assert twin in session.dirty
+        session.expunge(twin)
+
+
+async def test_a_value_that_was_replaced_changes_its_row_no_more(
+    session: AsyncSession, database: Database
+) -> None:
+    account = await factories.account(session, tags={"a": [1]})
+    old = account.tags
+    await reloaded(session, account)
+    assigned = account.tags
+    account.tags = {"b": 2}
+    await session.flush()
+    session.expire(account, ["description"])
+    with recorded(database) as statements:
+        old["c"] = assigned["c"] = 3
+        session.expire(account, ["tags"])
+        old["d"] = 4
+        await session.flush()
+    assert statements == []
+    assert (await reloaded(session, account)).tags == {"b": 2}
+
+
+async def test_json_shows_the_fields_of_a_loaded_row_in_order(session: AsyncSession) -> None:
+    account = await factories.account(session, tags={"a": 1})
+    session.expunge_all()
+    loaded = await session.get(TigerAccount, account.id)
+    assert loaded is not None
+    names = list(TigerAccount.model_fields)
+    assert list(loaded.model_dump()) == list(json.loads(loaded.model_dump_json())) == names
+    session.expire(loaded, ["account_name"])
+    await session.refresh(loaded, ["account_name"])
+    assert [name for name, _ in loaded if name in names] == names
+    assert repr(loaded) == repr(account)
+
+
 @pytest.mark.parametrize("take", [lambda old: old["part"], lambda old: old.pop("part")])
 async def test_a_part_of_another_row_becomes_a_part_of_this_one(
     session: AsyncSession, take: Callable[[Any], Any]

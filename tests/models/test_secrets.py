@@ -108,3 +108,24 @@ async def test_logs_echo_and_errors_contain_no_secret(
     for secret in [*SECRETS.values(), "plain-token-of-x", raw_key[-64:], key.key_hash]:
         assert secret not in written
         assert secret.encode().hex() not in written
+
+
+async def test_secrets_of_a_loaded_row_are_bound_to_its_stored_values(
+    clone: Database,
+) -> None:
+    async with clone.session() as session:
+        stored = await crud.accounts.create(session, new_account(**SECRETS))
+    async with clone.session() as session:
+        changed = await session.get(TigerAccount, stored.id)
+        assert changed is not None
+        # The values to which the secrets are bound change before a secret is read.
+        changed.client_options["timeout"] = 15
+        changed.client_options["socket_host_port"] = "other.example"
+        assert values_of(changed) == SECRETS
+    async with clone.session() as session:
+        read = await session.get(TigerAccount, stored.id)
+        assert read is not None
+    # After the end of the session, the secrets still have its keys.
+    dumped = read.model_dump()
+    assert dumped["private_key"].get_secret_value() == SECRETS["private_key"]
+    assert values_of(read) == SECRETS

@@ -451,8 +451,9 @@ class TigerAccount(AccountView, MutableEntity, table=True):
         except EncryptionError:
             return ""
 
-    def label(self) -> str:
-        return f"account {mask_account_number(self.__dict__.get('account_number') or '')}"
+    @classmethod
+    def label_of(cls, values: Mapping[str, Any]) -> str:
+        return f"account {mask_account_number(values.get('account_number') or '')}"
 
     @public
     def has_market_permission(self, permission: MarketPermission) -> bool:

@@ -20,7 +20,9 @@ from sqlalchemy import CheckConstraint, Column, Connection, Table, event
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.orm import (
+    InstanceState,
     Mapper,
+    QueryContext,
     Session,
     class_mapper,
     make_transient_to_detached,
@@ -31,11 +33,17 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import instance_state, set_attribute, set_committed_value
 from sqlalchemy.types import TypeEngine
 
-from tiger_db.decoding import report_unreadable
+from tiger_db.decoding import Unreadable, report_unreadable
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import InvalidFields
 from tiger_db.models.columns import Json, Timestamp, is_native_enum, metadata, sql_type
-from tiger_db.models.secrets import bind_secrets, encrypt_secrets, key_provider
+from tiger_db.models.secrets import (
+    bind_loaded_secrets,
+    bind_secrets,
+    encrypt_secrets,
+    encrypted_columns,
+    key_provider,
+)
 from tiger_db.models.tracking import Tracked, TrackedAttribute
 from tiger_db.models.views import EntityView, MutableEntityView
 from tiger_db.tracebacks import forgets_locals
@@ -167,11 +175,16 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
 
     def label(self) -> str:
         """Return the name of the entity for error messages, or an empty string."""
+        return self.label_of(self.__dict__)
+
+    @classmethod
+    def label_of(cls, values: Mapping[str, Any]) -> str:  # noqa: ARG003  # subclasses use it
+        """Return the name of the entity with the given values of columns."""
         return ""
 
     # SQLAlchemy loads the columns in any order. Here, the fields are sorted when they are shown.
 
-    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+    def __repr_args__(self) -> Sequence[tuple[str | None, Any]]:
         _sort_fields(self)
         return super().__repr_args__()
 
@@ -351,16 +364,32 @@ def _prepare_flush(mapper: Mapper[Any], connection: Connection, row: Entity) -> 
     encrypt_secrets(mapper, connection, row)
 
 
-@event.listens_for(Entity, "load", propagate=True)
-@event.listens_for(Entity, "refresh", propagate=True)
-def _bind_secrets(row: Entity, *_: object) -> None:
-    bind_secrets(row, key_provider(object_session(row)))
+@event.listens_for(Entity, "after_mapper_constructed", propagate=True)
+def _bind_secrets(mapper: Mapper[Entity], cls: type[Entity]) -> None:
+    """Bind the secrets of an entity to its row when the ORM loads the row or reads it again."""
+    if not encrypted_columns(mapper):
+        return
+
+    def load(state: InstanceState[Any], context: QueryContext | None) -> None:
+        if context is None:  # `Session.merge(load=False)` has copied the values of another entity
+            row = state.obj()
+            assert row is not None
+            bind_secrets(row, key_provider(state.session))
+        else:
+            bind_loaded_secrets(mapper, state.dict, key_provider(context.session))
+
+    def refresh(row: Entity, *_: object) -> None:
+        bind_secrets(row, key_provider(object_session(row)))
+
+    event.listen(cls, "load", load, raw=True, propagate=True)
+    event.listen(cls, "refresh", refresh, propagate=True)
 
 
-@event.listens_for(Entity, "load", propagate=True)
-@event.listens_for(Entity, "refresh", propagate=True)
-def _report_unreadable(row: Entity, *_: object) -> None:
-    report_unreadable(row.__tablename__, row.__dict__)
+@event.listens_for(Entity, "load", raw=True, propagate=True)
+@event.listens_for(Entity, "refresh", raw=True, propagate=True)
+def _report_unreadable(state: InstanceState[Entity], *_: object) -> None:
+    if Unreadable.exists:
+        report_unreadable(state.class_.__tablename__, state.dict)
 
 
 # Functions that create entities from raw rows of asyncpg without the ORM loader
@@ -390,7 +419,8 @@ def hydrate(entity: type[E_], values: Sequence[Any], provider: KeyProvider | Non
     row = mapper.class_manager.new_instance()
     # vars(row).update() bypasses SQLAlchemy's change tracking, because loading is not a change.
     vars(row).update(_converted(entity, values))
-    bind_secrets(row, provider)
+    if encrypted_columns(mapper):
+        bind_loaded_secrets(mapper, vars(row), provider)
     make_transient_to_detached(row)
     return row
 

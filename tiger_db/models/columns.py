@@ -94,12 +94,17 @@ class Timestamp(TypeDecorator[datetime]):
     impl = DateTime(timezone=True)
     cache_ok = True
 
-    def process_result_value(
+    def result_processor(
         self,
-        value: datetime | None,
         dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
-    ) -> datetime | None:
-        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+        coltype: object,  # noqa: ARG002  # SQLAlchemy's signature
+    ) -> Callable[[datetime | None], datetime | None]:
+        # SQLAlchemy would call process_result_value() by way of another function.
+        return _make_aware
+
+
+def _make_aware(value: datetime | None) -> datetime | None:
+    return value if value is None or value.tzinfo is not None else value.replace(tzinfo=UTC)
 
 
 class Json(JSONB):

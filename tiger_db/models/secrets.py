@@ -1,6 +1,7 @@
 """Functions that encrypt the secrets of entities, and prepare secrets for decryption."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol
 from uuid import UUID
@@ -33,6 +34,9 @@ class Row(Protocol):
     secrets_bound_to: ClassVar[Mapping[str, Callable[[Any], str | None]]]
 
     def label(self) -> str: ...
+
+    @classmethod
+    def label_of(cls, values: Mapping[str, Any]) -> str: ...
 
 
 def key_provider(session: Session | None) -> KeyProvider | None:
@@ -202,6 +206,40 @@ def _has_text(secret: EncryptedSecret, text: str, provider: KeyProvider | None) 
         return current and secret.get_secret_value() == text
     except EncryptionError:
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRow:
+    """The values of a loaded row to which its secrets are bound. See `EncryptedSecret.source`."""
+
+    mapper: Mapper[Any]
+    provider: KeyProvider | None
+    values: Mapping[str, Any]
+
+    def resolve(self, column: str) -> tuple[str, KeyProvider | None, str, str | None]:
+        entity: type[Row] = self.mapper.class_
+        aad = aad_of(self.mapper, column, self.values["id"])
+        bound = bound_text(entity, self.values)
+        return aad, self.provider, entity.label_of(self.values), bound
+
+
+def bind_loaded_secrets(
+    mapper: Mapper[Any], values: Mapping[str, Any], provider: KeyProvider | None
+) -> None:
+    """Bind the secrets in the values of a new entity, which come from the database, to its row."""
+    names, secrets = _names_of_bound(mapper)
+    row = LoadedRow(mapper, provider, {name: values[name] for name in names if name in values})
+    for name in secrets:
+        secret = values.get(name)
+        if secret is not None:
+            secret.source, secret.column = row, name
+
+
+@cache
+def _names_of_bound(mapper: Mapper[Any]) -> tuple[list[str], list[str]]:
+    """Return the names of the columns that secrets are bound to, and of the encrypted columns."""
+    entity: type[Row] = mapper.class_
+    return ["id", *entity.secrets_bound_to], [name for name, _ in encrypted_columns(mapper)]
 
 
 def bind_secrets(row: Row, provider: KeyProvider | None) -> None:
