@@ -15,7 +15,7 @@ COMPILE := $(RUN)/uv pip compile pyproject.toml --extra embedded --extra tiger -
 	--upgrade --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 
 .PHONY: help setup demo test test-system test-docker test-slow test-settings test-lowest test-wheel
-.PHONY: soak screenshots lint format schema bench bench-check lock
+.PHONY: soak screenshots lint format schema bench bench-check bench-trail lock
 .PHONY: migrate revision downgrade current history check clean
 
 help: ## show this list
@@ -85,6 +85,9 @@ bench: $(READY) ## compare with plain asyncpg, and write benchmarks/RESULTS.md
 
 bench-check: $(READY) ## name the most important paths that are slower than in benchmarks/RESULTS.md
 	@$(RUN)/python -m benchmarks.check
+
+bench-trail: $(READY) ## load, seal and verify a million events, and write a section of benchmarks/RESULTS.md
+	@$(RUN)/python -m benchmarks.trail
 
 lock: $(READY) ## write the newest allowed versions of the dependencies to requirements.txt, with hashes
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check uv

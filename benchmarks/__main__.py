@@ -11,7 +11,7 @@ from pathlib import Path
 
 import asyncpg
 
-from benchmarks import accounts, audit, bare, keys, processes, refreshes, sessions
+from benchmarks import accounts, audit, bare, keys, processes, refreshes, sessions, trail
 from benchmarks.work import ROUNDS, Result, Work, measure
 from tests.support.servers import create_database
 from tiger_db import Database
@@ -203,7 +203,7 @@ def main() -> None:
     try:
         bare_results = asyncio.run(compared_with_bare(server))
         results, facts = asyncio.run(run(server))
-        text = report(bare_results, results, facts, server)
+        text = report(bare_results, results, facts, server) + trail.section()
         Path(__file__).with_name("RESULTS.md").write_text(text, encoding="utf-8")
     finally:
         server.stop()

@@ -67,6 +67,7 @@ async def forge(owner: Connection, seal: Seal, *, root: bool) -> None:
     await insert_seal(owner, Ed25519PrivateKey.generate(), payload, digests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", [True, False], ids=["other root", "other digests"])
 async def test_a_seal_that_is_swapped_in_for_a_moment_retires_nothing(
     database: Database, owner: Connection, root: bool

@@ -105,6 +105,7 @@ def row(chance: random.Random) -> dict[str, Any]:
     return {n: v for n, v in values.items() if n in required or chance.random() < 0.7}
 
 
+@pytest.mark.slow
 async def test_contents_are_those_that_earlier_releases_sealed(
     superuser: Connection, chance: random.Random
 ) -> None:

@@ -408,6 +408,27 @@ async def test_a_seal_has_at_most_10000_events(sealed: Database, other: Connecti
     await assert_sealed_once(sealed, other)
 
 
+async def test_seals_cover_ranges_of_positions_with_gaps(
+    sealed: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A seal has the events of the next range of positions, also after a range without events."""
+    monkeypatch.setattr("tiger_db.audit.sealing.EVENTS_PER_SEAL", 5)
+    for count, gaps in ((3, 1), (7, 30), (4, 10**9), (2, 4)):
+        await other.execute(MANY, count)
+        await other.execute(
+            "SELECT setval('audit_logs_position_seq', last_value + $1)"
+            " FROM audit_logs_position_seq",
+            gaps,
+        )
+    assert (await audit.seal(sealed)).rows == 16
+    made = await payloads(other)
+    assert [payload.event_count for payload in made] == [4, 5, 1, 5, 1]
+    assert [payload.closed_at is None for payload in made] == [True, True, True, True, False]
+    last = await other.fetchval("SELECT last_value FROM audit_logs_position_seq")
+    assert made[-1].upto == last
+    await assert_sealed_once(sealed, other)
+
+
 async def test_a_rolled_back_event_is_not_sealed(sealed: Database, other: Connection) -> None:
     written = Written()
     await rolls_back(sealed, written)

@@ -139,6 +139,7 @@ async def _matching_events(
                 await session.execute(text(f"SET LOCAL {setting}"))
             connection = await (await session.connection()).get_raw_connection()
             assert connection.driver_connection is not None
+            await storage.check_tables(connection.driver_connection)
             async for ids in (await session.stream_scalars(statement)).partitions():
                 query = storage.select_events_of(ids)
                 with raw_errors():

@@ -71,13 +71,17 @@ async def seal(
             for longer than `patience`. Seals that were committed before stay in the database.
         FileError: The folder `AUDIT_CHECKPOINTS` cannot be read or written.
         InvalidState: Nothing was sealed, because the chain of seals is broken or does not continue
-            the newest checkpoint, because the sequence of positions is behind the newest seal, or
-            because the clocks of the database and of this machine differ by more than a minute.
+            the newest checkpoint, because the sequence of positions was changed or is behind the
+            newest seal, or because the clocks of the database and of this machine differ by more
+            than a minute.
     """
     rows = seals = 0
     async with open_sealer(database, patience) as sealer:
         connection, deadline = sealer.connection, time.monotonic() + patience.total_seconds()
         closed_at = await storage.database_time(connection)
+        changed = await storage.find_changed_sequence(connection)
+        if changed is not None:
+            raise InvalidState(f"the sequence of positions was changed: {changed}")
         upto, writers = await storage.fetch_writers(connection)
         if upto < sealer.chain.upto:
             raise InvalidState(
@@ -130,18 +134,25 @@ async def seal_next(sealer: Sealer, upto: int, closed_at: str | None) -> int | N
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(storage.TAKE_SEALING_LOCK)
         await sealer.catch_up()
-        query = storage.select_events(sealer.chain.upto + 1, upto, limit=EVENTS_PER_SEAL)
-        # PostgreSQL assigns each position once, so a second event at the same position is forged.
-        digests, found = dict[int, bytes](), 0
-        async for position, content in storage.read_events(connection, query):
-            digests.setdefault(position, digest_of(content))
-            found += 1
-        if not found:
+        first, digests, found = sealer.chain.upto + 1, dict[int, bytes](), 0
+        # The index of positions is not ordered: a query for all remaining positions would sort all
+        # their events for each seal. This query is only needed if no event is in the next range.
+        for last in (min(upto, first + EVENTS_PER_SEAL - 1), upto):
+            query = storage.select_events(first, last, limit=EVENTS_PER_SEAL)
+            async for position, content in storage.read_events(connection, query):
+                # PostgreSQL assigns each position once, so a second event at a position is forged.
+                digests.setdefault(position, digest_of(content))
+                found += 1
+            if found:
+                break
+        else:
             return None
         if found == EVENTS_PER_SEAL:
-            upto, closed_at = max(digests), None
+            last = max(digests)
+        if last < upto or found == EVENTS_PER_SEAL:
+            closed_at = None
         tree = MerkleTree(digests.items())
-        await sealer.append(tree, b"".join(digests.values()), upto=upto, closed_at=closed_at)
+        await sealer.append(tree, b"".join(digests.values()), upto=last, closed_at=closed_at)
         return tree.count
 
 

@@ -15,18 +15,25 @@ from tiger_db.audit.seal_format import Seal
 from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, SchemaMismatch
-from tiger_db.migrations.comparison import find_differences
+from tiger_db.migrations.comparison import SELECT_CHANGED_SEQUENCE, find_differences
 from tiger_db.migrations.locks import DESCRIBE_SESSION, lock_key
 from tiger_db.out_of_band import asyncpg_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-_EVENTS_PER_QUERY = 20_000  # Approximate number of events that PostgreSQL sorts at once.
+_EVENTS_PER_QUERY = 10_000  # Approximate number of events that PostgreSQL sorts at once.
 _PREFETCHED_SEALS = 50
 _EVENT_COLUMNS = ", ".join(("position", *CONTENT_COLUMNS))
 _MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # range of PostgreSQL's type bigint
 
 # The session prints times in UTC and in ISO 8601, and reads no rows that row security filters.
-SESSION_SETTINGS = ("TimeZone = 'UTC'", "DateStyle = 'ISO'", "row_security = off")
+SESSION_SETTINGS = (
+    "TimeZone = 'UTC'",
+    "DateStyle = 'ISO'",
+    "row_security = off",
+    # Each query sorts about 10,000 events: in memory, and without parallel workers.
+    "work_mem = '16MB'",
+    "max_parallel_workers_per_gather = 0",
+)
 # The sealing lock is an advisory lock. A transaction holds the sealing lock while it seals events,
 # retires months, or moves events between partitions, so that only one transaction does so at a
 # time.
@@ -69,6 +76,8 @@ WITH expected AS (
     UNION ALL SELECT 'audit_seals', to_regclass('audit_seals')::oid, 'r'
     UNION ALL SELECT inhrelid::regclass::text, inhrelid, 'r' FROM pg_inherits
     WHERE inhparent = to_regclass('audit_logs')::oid
+    UNION ALL SELECT inhrelid::regclass::text, inhrelid, 'no child table' FROM pg_inherits
+    WHERE inhparent = to_regclass('audit_seals')::oid
 )
 SELECT name FROM expected LEFT JOIN pg_class ON pg_class.oid = id
 WHERE relkind::text IS DISTINCT FROM kind ORDER BY name
@@ -93,11 +102,16 @@ async def open_connection(database: Database) -> AsyncIterator[Connection]:
         asyncpg_connection(engine) as connection,
     ):
         await connection.execute("".join(f"SET {setting};" for setting in SESSION_SETTINGS))
-        for (name,) in await connection.fetch(_SELECT_REPLACED_TABLES):
-            raise SchemaMismatch(
-                f"{name} is not a table of tiger_db, but another relation: run `tiger-db check`"
-            )
+        await check_tables(connection)
         yield connection
+
+
+async def check_tables(connection: Connection) -> None:
+    """Raise SchemaMismatch if another relation takes the place of a table of the audit trail."""
+    for (name,) in await connection.fetch(_SELECT_REPLACED_TABLES):
+        raise SchemaMismatch(
+            f"{name} is not a table of tiger_db, but another relation: run `tiger-db check`"
+        )
 
 
 @contextlib.asynccontextmanager
@@ -108,8 +122,10 @@ async def open_snapshot(database: Database) -> AsyncIterator[Connection]:
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
         # The table `audit_logs` is locked before the snapshot is taken. Without the lock, an event
-        # that `maintain` moves to another partition could be invisible in both partitions.
-        await connection.execute("LOCK TABLE audit_logs IN ACCESS SHARE MODE")
+        # that `maintain` moves to another partition could be invisible in both partitions. While
+        # the tables are locked, no other relation can take their place.
+        await connection.execute("LOCK TABLE audit_logs, audit_seals IN ACCESS SHARE MODE")
+        await check_tables(connection)
         yield connection
 
 
@@ -231,6 +247,13 @@ async def fetch_writers(connection: Connection) -> tuple[int, dict[str, int | No
     return position, {row["id"]: row["pid"] for row in await connection.fetch(_SELECT_WRITERS)}
 
 
+async def find_changed_sequence(connection: Connection) -> str | None:
+    """Return a description of a changed sequence of positions, with its repair, or None."""
+    query = SELECT_CHANGED_SEQUENCE.format(sequence="'audit_logs_position_seq'")
+    row = await connection.fetchrow(query)
+    return None if row is None else f"{row['description']}: {row['repair']}"
+
+
 async def describe_lock_holders(connection: Connection) -> str:
     """Describe the sessions that can block a sealer, as far as the role may see them."""
     rows = await connection.fetch(_SELECT_LOCK_HOLDERS)
@@ -240,8 +263,8 @@ async def describe_lock_holders(connection: Connection) -> str:
 async def find_weakened_protection(database: Database) -> list[str]:
     """Describe what differs in the protection of the audit trail from the declared schema.
 
-    These are triggers, functions of triggers, row security, rules, and a setting that turns
-    triggers off.
+    These are triggers, functions of triggers, row security, rules, the sequence of positions, and a
+    setting that turns triggers off.
     """
     async with maintenance_engine(database.settings) as engine, engine.connect() as connection:
         return [

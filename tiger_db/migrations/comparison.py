@@ -103,6 +103,16 @@ SELECT format('session_replication_role is %s, so that triggers do not fire', se
 FROM pg_settings WHERE name = 'session_replication_role' AND setting <> 'origin'
 ORDER BY description
 """)
+# With other parameters, a session could store an event at a position that is sealed already.
+SELECT_CHANGED_SEQUENCE = """
+SELECT pg_catalog.format(
+        'sequence audit_logs_position_seq has INCREMENT %s, MAXVALUE %s, CACHE %s%s', seqincrement,
+        seqmax, seqcache, CASE WHEN seqcycle THEN ' and CYCLE' ELSE '' END) AS description,
+    pg_catalog.format('ALTER SEQUENCE %s INCREMENT 1 NO MAXVALUE CACHE 1 NO CYCLE',
+        seqrelid::regclass) || ', and restart the processes that record events' AS repair
+FROM pg_catalog.pg_sequence WHERE seqrelid = pg_catalog.to_regclass({sequence})::oid
+    AND NOT (seqincrement = 1 AND seqmax = 9223372036854775807 AND seqcache = 1 AND NOT seqcycle)
+"""
 _KINDS = {
     "r": "a table",
     "p": "a partitioned table",
@@ -143,6 +153,13 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
         *(
             SchemaDifference(tuple(sorted(TABLES)), row.description, row.repair)
             for row in await connection.execute(_OVERRIDES, values)
+        ),
+        *(
+            SchemaDifference(("audit_logs",), row.description, row.repair)
+            for row in await connection.execute(
+                text(SELECT_CHANGED_SEQUENCE.format(sequence=":sequence")),
+                {"sequence": f"{schema.quoted}.audit_logs_position_seq"},
+            )
         ),
         *_compare_functions(schema, functions),
         *(

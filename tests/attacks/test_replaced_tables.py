@@ -1,0 +1,271 @@
+"""Tables, columns, sessions and sequences that an owner of the database has replaced or changed.
+
+The attacker hides or changes an event that is sealed, or makes the sealer seal something else.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from tests.support import factories
+from tests.support.trail import fetch_seals
+from tiger_db import Database, Settings, audit, crud
+from tiger_db.audit import FindingKind
+from tiger_db.audit.storage import Connection
+from tiger_db.errors import InvalidState, SchemaMismatch
+from tiger_db.signing import generate_signing_key
+
+VICTIM = 4
+HIDE = f"position <> {VICTIM}"
+PARTITION = """
+SELECT inhrelid::regclass::text FROM pg_inherits JOIN audit_logs ON audit_logs.tableoid = inhrelid
+WHERE inhparent = 'audit_logs'::regclass LIMIT 1
+"""
+DROP_CHECKS = """
+DO $$ DECLARE name text; BEGIN
+    FOR name IN SELECT conname FROM pg_constraint
+        WHERE contype = 'c' AND conrelid = 'audit_logs'::regclass
+    LOOP EXECUTE format('ALTER TABLE audit_logs DROP CONSTRAINT %I', name); END LOOP;
+END $$
+"""
+BOUNDS = "SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE oid = $1::text::regclass"
+
+
+@pytest.fixture
+def settings(clone_settings: Settings) -> Settings:
+    key = SecretStr(generate_signing_key())
+    return clone_settings.model_copy(update={"audit_signing_key": key})
+
+
+@pytest.fixture
+async def database(settings: Settings) -> AsyncIterator[Database]:
+    """Nine sealed events in three seals."""
+    async with Database(settings) as database:
+        for _ in range(3):
+            await log(database, 3)
+            await audit.seal(database)
+        yield database
+
+
+async def log(database: Database, count: int) -> None:
+    async with database.session() as session:
+        await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(count)])
+
+
+async def partition_in_use(owner: Connection) -> tuple[str, str]:
+    name = await owner.fetchval(PARTITION)
+    return name, await owner.fetchval(BOUNDS, name)
+
+
+# Partitions
+
+
+async def foreign_table(owner: Connection) -> None:
+    """A foreign table, which reads from the same server and leaves out the event."""
+    name, bounds = await partition_in_use(owner)
+    await owner.execute(
+        f"""
+        CREATE EXTENSION postgres_fdw;
+        ALTER TABLE audit_logs DROP CONSTRAINT pk_audit_logs;
+        CREATE SERVER same FOREIGN DATA WRAPPER postgres_fdw;
+        ALTER TABLE audit_logs DETACH PARTITION {name};
+        CREATE FOREIGN TABLE swapped PARTITION OF audit_logs {bounds} SERVER same
+            OPTIONS (table_name 'kept')
+        """
+    )
+
+
+async def partitioned_partition(owner: Connection) -> None:
+    name, bounds = await partition_in_use(owner)
+    await owner.execute(
+        f"""
+        ALTER TABLE audit_logs DETACH PARTITION {name};
+        CREATE TABLE swapped PARTITION OF audit_logs {bounds} PARTITION BY HASH (id);
+        CREATE TABLE swapped_0 PARTITION OF swapped FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+        INSERT INTO audit_logs SELECT * FROM {name} WHERE {HIDE}
+        """
+    )
+
+
+@pytest.mark.parametrize("replace", [foreign_table, partitioned_partition])
+async def test_another_relation_in_place_of_a_partition_is_refused(
+    database: Database, owner: Connection, replace: Callable[[Connection], Awaitable[None]]
+) -> None:
+    await replace(owner)
+    for use in (audit.verify, audit.seal, audit.maintain, audit.export_checkpoint):
+        with pytest.raises(SchemaMismatch, match="swapped is not a table of tiger_db"):
+            await use(database)
+
+
+@pytest.mark.slow
+async def test_a_partition_that_is_swapped_hides_nothing(
+    database: Database, owner: Connection
+) -> None:
+    """An honest copy of the partition verifies, and a copy without the event does not."""
+    name, bounds = await partition_in_use(owner)
+    await owner.execute(
+        f"""
+        ALTER TABLE audit_logs DETACH PARTITION {name};
+        CREATE TABLE swapped PARTITION OF audit_logs {bounds};
+        INSERT INTO swapped SELECT * FROM {name}
+        """
+    )
+    changed = [one for one in (await audit.verify(database)).findings if one.position]
+    assert changed == []
+    await owner.execute(f"DELETE FROM swapped WHERE NOT ({HIDE})")
+    deleted = [one for one in (await audit.verify(database)).findings if one.position]
+    assert [(one.kind, one.position) for one in deleted] == [(FindingKind.DELETED, VICTIM)]
+    await owner.execute("ALTER TABLE audit_logs DETACH PARTITION swapped")
+    assert (await audit.verify(database)).count >= 9
+
+
+async def test_a_table_that_inherits_from_the_seals_is_a_finding(
+    database: Database, owner: Connection
+) -> None:
+    """Seals in such a table would be outside of the triggers that refuse changes."""
+    await owner.execute(
+        """
+        CREATE TABLE more_seals () INHERITS (audit_seals);
+        WITH moved AS (DELETE FROM ONLY audit_seals WHERE number = 3 RETURNING *)
+        INSERT INTO more_seals TABLE moved
+        """
+    )
+    for use in (audit.verify, audit.seal):
+        with pytest.raises(SchemaMismatch, match="more_seals"):
+            await use(database)
+
+
+# Columns
+
+COLUMNS = {
+    "generated from another column": (
+        (
+            "ALTER TABLE audit_logs ADD shown text; UPDATE audit_logs SET shown = user_id;"
+            "ALTER TABLE audit_logs DROP user_id CASCADE;"
+            "ALTER TABLE audit_logs ADD user_id text GENERATED ALWAYS AS (shown) STORED"
+        ),
+        "UPDATE audit_logs SET shown = 'eve' WHERE position = 4",
+    ),
+    "a domain": (
+        "CREATE DOMAIN word AS text; ALTER TABLE audit_logs ALTER user_id TYPE word",
+        "UPDATE audit_logs SET user_id = 'eve' WHERE position = 4",
+    ),
+    "a collation": (
+        'ALTER TABLE audit_logs ALTER action TYPE text COLLATE "POSIX"',
+        "UPDATE audit_logs SET action = upper(action) WHERE position = 4",
+    ),
+    "json as text": (
+        "ALTER TABLE audit_logs ALTER details TYPE text",
+        """UPDATE audit_logs SET details = '{"a": 2}' WHERE position = 4""",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COLUMNS)
+async def test_a_column_of_another_kind_hides_no_change(
+    database: Database, owner: Connection, name: str
+) -> None:
+    replace, change = COLUMNS[name]
+    await owner.execute(DROP_CHECKS)
+    await owner.execute(replace)
+    before = [one for one in (await audit.verify(database)).findings if one.position]
+    assert before == []
+    await owner.execute(change)
+    after = [one for one in (await audit.verify(database)).findings if one.position]
+    assert [(one.kind, one.position) for one in after] == [(FindingKind.CHANGED, VICTIM)]
+
+
+# Sessions of the sealer
+
+SESSIONS = {
+    "search path": (
+        "PERFORM set_config('search_path', 'evil, public', false);"
+        "CREATE SCHEMA IF NOT EXISTS evil;"
+        "CREATE TABLE IF NOT EXISTS evil.audit_logs AS SELECT * FROM public.audit_logs"
+        " WHERE position < 11;"
+    ),
+    "temporary table": (
+        "CREATE TEMP TABLE IF NOT EXISTS audit_logs AS SELECT * FROM public.audit_logs"
+        " WHERE position < 11;"
+    ),
+    "time zone": "PERFORM set_config('TimeZone', 'Asia/Kathmandu', false);",
+    "date style": "PERFORM set_config('DateStyle', 'SQL, DMY', false);",
+    "encoding": "PERFORM set_config('client_encoding', 'LATIN1', false);",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SESSIONS)
+async def test_a_trigger_that_changes_the_session_misleads_no_sealer(
+    database: Database,
+    owner: Connection,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Either the events are sealed as they are, or the sealer stops."""
+    await owner.execute(
+        "CREATE FUNCTION mislead() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$BEGIN {SESSIONS[name]} RETURN NEW; END$$;"
+        "CREATE TRIGGER mislead BEFORE INSERT ON audit_seals FOR EACH ROW"
+        " EXECUTE FUNCTION mislead()"
+    )
+    monkeypatch.setattr("tiger_db.audit.sealing.EVENTS_PER_SEAL", 2)
+    await log(database, 6)
+    with suppress(InvalidState):
+        assert (await audit.seal(database)).rows == 6
+    await owner.execute("DROP TRIGGER mislead ON audit_seals")
+    await audit.seal(database)
+    found = await audit.verify(database)
+    assert (found.findings, found.rows, found.unsealed) == ([], 15, 0)
+
+
+# Sequences
+
+
+@pytest.mark.parametrize("change", ["CACHE 10", "INCREMENT -1", "MAXVALUE 12 CYCLE"])
+async def test_a_changed_sequence_accuses_no_honest_writer(
+    database: Database, owner: Connection, change: str
+) -> None:
+    await owner.execute(f"ALTER SEQUENCE audit_logs_position_seq {change}")
+    await log(database, 1)
+    with pytest.raises(InvalidState, match="sequence of positions"):
+        await audit.seal(database)
+    messages = [one.message for one in (await audit.verify(database)).findings]
+    assert any("audit_logs_position_seq" in message for message in messages)
+
+
+# Forks
+
+
+@pytest.mark.slow
+async def test_a_fork_of_the_trail_is_found_by_the_other_folder(
+    settings: Settings, owner: Connection, tmp_path: Path
+) -> None:
+    """Two sealers with a folder each, to which the attacker shows two pasts."""
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    changed = [settings.model_copy(update={"audit_checkpoints": folder}) for folder in folders]
+    async with Database(changed[0]) as first, Database(changed[1]) as second:
+        await log(first, 3)
+        await audit.seal(first)
+        assert (await audit.seal(second)).verified == 1
+        await log(first, 3)
+        await audit.seal(first)
+        await owner.execute("DELETE FROM audit_seals WHERE number = 2")
+        await owner.execute("UPDATE audit_logs SET user_id = 'eve' WHERE position = 4")
+        await audit.seal(second)  # has not seen the first seal 2
+        assert len(await fetch_seals(owner, 0, 9)) == 2
+        await log(first, 1)
+        with pytest.raises(InvalidState, match="seal 2 is not the seal that was verified"):
+            await audit.seal(first)
+        found = (await audit.verify(first)).findings
+        assert {one.kind for one in found} >= {FindingKind.CHECKPOINT}
+        # A folder that both share does not fork.
+        async with Database(changed[0]) as third:
+            with pytest.raises(InvalidState):
+                await audit.seal(third)
