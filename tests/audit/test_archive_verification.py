@@ -3,9 +3,8 @@
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from tests.audit.test_independent_verifier import run as run_program
@@ -56,27 +55,35 @@ def events(folder: Path, ago: int) -> Path:
     return path
 
 
-def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    pq.write_table(change(pq.ParquetFile(path).read()), path)
+def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
+    """Replace the table in a file."""
+    from pyarrow import parquet  # noqa: PLC0415  # an extra
+
+    parquet.write_table(change(parquet.ParquetFile(path).read()), path)
+
+
+def replace_column(table: Any, name: str, values: list[Any]) -> Any:
+    import pyarrow as pa  # noqa: PLC0415
+
+    at = table.schema.get_field_index(name)
+    return table.set_column(at, table.schema.field(at), pa.array(values))
 
 
 def change_content(folder: Path) -> list[str]:
     """One event is another one, and the file is a valid one of this trail."""
 
-    def change(table: pa.Table) -> pa.Table:
+    def change(table: Any) -> Any:
         contents = table["content"].to_pylist()
         contents[1] = contents[1].replace("data:query", "data:qu3ry")
-        at = table.schema.get_field_index("content")
-        return table.set_column(at, table.schema.field(at), pa.array(contents))
+        return replace_column(table, "content", contents)
 
     rewrite(events(folder, 14), change)
     return [f"{events(folder, 14).relative_to(folder)}: the file was changed"]
 
 
 def change_typed_column(folder: Path) -> list[str]:
-    def change(table: pa.Table) -> pa.Table:
-        at = table.schema.get_field_index("result")
-        return table.set_column(at, table.schema.field(at), pa.array(["error"] * 3))
+    def change(table: Any) -> Any:
+        return replace_column(table, "result", ["error"] * 3)
 
     rewrite(events(folder, 13), change)
     return [f"{events(folder, 13).relative_to(folder)}: the file was changed"]
@@ -131,8 +138,8 @@ def add_forged(folder: Path) -> list[str]:
     forged = path.with_name(f"events-{7:019}-{9:019}.parquet")
     shutil.copy(path, forged)
 
-    def change(table: pa.Table) -> pa.Table:
-        return table.set_column(0, table.schema.field(0), pa.array([7, 8, 9]))
+    def change(table: Any) -> Any:
+        return replace_column(table, "position", [7, 8, 9])
 
     rewrite(forged, change)
     name = forged.relative_to(folder)
@@ -142,7 +149,7 @@ def add_forged(folder: Path) -> list[str]:
 def add_foreign(folder: Path) -> list[str]:
     path = events(folder, 14)
 
-    def change(table: pa.Table) -> pa.Table:
+    def change(table: Any) -> Any:
         return table.replace_schema_metadata({"tiger_db.origin": "0" * 32})
 
     shutil.copy(path, folder / "kept")

@@ -1,21 +1,15 @@
 """An S3 API over HTTP on loopback, which fails as asked."""
 
 import http.client
+import logging
 import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import WSGIRequestHandler, make_server
-from werkzeug.test import run_wsgi_app
-
 BUCKET = "archive"
-
-
-class _QuietHandler(WSGIRequestHandler):
-    def log(self, type: str, message: str, *args: Any) -> None: ...  # noqa: A002
 
 
 class Store:
@@ -30,10 +24,11 @@ class Store:
         self.requests = self._number = 0
         self._how = ""
         self._lock = threading.Lock()
-        self._application = DomainDispatcherApplication(create_backend_app)
-        self.server = make_server(
-            "127.0.0.1", 0, self._answer, threaded=True, request_handler=_QuietHandler
-        )
+        application = import_module("moto.moto_server.werkzeug_app")
+        self._application = application.DomainDispatcherApplication(application.create_backend_app)
+        make_server = import_module("werkzeug.serving").make_server
+        self.server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
 
     def fails(self, number: int, how: str) -> None:
         """Let a request fail: the first one from now on has the number 1. 0 ends all failures."""
@@ -57,6 +52,7 @@ class Store:
         if how in ("error", "down"):
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return []
+        run_wsgi_app = import_module("werkzeug.test").run_wsgi_app
         body, status, headers = run_wsgi_app(self._application, environ, buffered=True)
         data = b"".join(body)
         if how == "unanswered":
