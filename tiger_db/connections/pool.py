@@ -5,7 +5,6 @@ import os
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import anyio
 import asyncpg
 from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.pool import AsyncAdaptedQueuePool, PoolProxiedConnection
@@ -151,6 +150,8 @@ async def run_to_completion(task: asyncio.Task[T]) -> T:
 
     A cancellation of the caller takes effect at the end.
     """
+    import anyio  # noqa: PLC0415  # slow import
+
     cancelled = None
     with anyio.CancelScope(shield=True):  # scopes of anyio cancel in each iteration of the loop
         while not task.done():

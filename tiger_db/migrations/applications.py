@@ -1,9 +1,8 @@
 """Functions for the `env.py` of an application whose tables are beside the tables of tiger_db."""
 
 import re
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import Enum, Table
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.types import TypeDecorator
@@ -11,6 +10,9 @@ from sqlalchemy.types import TypeDecorator
 from tiger_db.migrations.version_table import KEY_COLUMNS, VERSION_TABLE
 from tiger_db.models import TABLES, metadata
 from tiger_db.models.columns import Json, List
+
+if TYPE_CHECKING:
+    from alembic.autogenerate.api import AutogenContext
 
 _PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})")
 
@@ -39,7 +41,7 @@ def include_object(
     return name not in TABLES or (name in KEY_COLUMNS and (column is None or not column.comment))
 
 
-def render_item(kind: str, item: object, context: AutogenContext) -> str | Literal[False]:
+def render_item(kind: str, item: object, context: "AutogenContext") -> str | Literal[False]:
     """Render the SQL types of tiger_db and SQLModel as types of SQLAlchemy.
 
     The function is for the parameter `render_item` of `context.configure`. Without it, migrations

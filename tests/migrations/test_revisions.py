@@ -1,0 +1,46 @@
+"""The revisions of a release are read from the files of the migrations, without Alembic."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiger_db import migrations
+from tiger_db.errors import MigrationError
+
+
+def test_the_revisions_in_the_files_are_those_of_alembic() -> None:
+    """A Database reads the files, because the import of Alembic takes long."""
+    found = {script.revision: script.down_revision for script in migrations.history()}
+    assert {name: {before} - {None} for name, before in found.items()} == migrations._revisions()
+    assert migrations._head() == migrations.scripts().get_current_head()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'revision = "b2"\ndown_revision = ("a1", "a2")\n',
+        "revision: str = 'b2'\ndown_revision: tuple[str, ...] = ('a1', 'a2')\n",
+    ],
+)
+def test_a_merge_of_migrations_follows_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "versions").mkdir()
+    monkeypatch.setattr(migrations, "script_location", lambda: tmp_path)
+    for name in ("a1", "a2"):
+        file = tmp_path / "versions" / f"{name}.py"
+        file.write_text(f'revision = "{name}"\ndown_revision = None\n')
+    with pytest.raises(MigrationError, match=r"2 heads \(a1, a2\)"):
+        migrations._head()
+    (tmp_path / "versions" / "b2.py").write_text(text)
+    assert migrations._head() == "b2"
+    assert migrations._revisions()["b2"] == {"a1", "a2"}
+
+
+def test_a_database_needs_no_alembic() -> None:
+    code = "from tiger_db import *; import sys; print({'alembic', 'mako', 'rich'} & {*sys.modules})"
+    program = [sys.executable, "-c", code]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
