@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
+PATRONI := .venv-patroni
 WORKERS ?= 2
 PYTEST = $(RUN)/python -m pytest -n $(WORKERS) --dist worksteal
 REQUIREMENTS ?= requirements.txt
@@ -15,7 +16,7 @@ COMPILE := $(RUN)/uv pip compile pyproject.toml --extra embedded --extra tiger -
 	--upgrade --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 
 .PHONY: help setup demo test test-system test-docker test-slow test-settings test-lowest test-wheel
-.PHONY: soak screenshots lint format schema bench bench-check bench-trail lock
+.PHONY: soak screenshots lint format schema bench bench-check bench-trail lock drills
 .PHONY: migrate revision downgrade current history check clean
 
 help: ## show this list
@@ -60,6 +61,15 @@ test-lowest: $(READY) ## run the tests with the lowest allowed versions of the d
 soak: $(READY) ## run the stress tests at their full length (minutes)
 	@TIGER_DB_SOAK=1 $(PYTEST) -m "not wheel" tests/audit tests/refresh_worker/test_chaos.py tests/test_cancellation.py \
 		tests/crud/token_status/test_index_use.py tests/crud/audit_logs/test_index_use.py $(ARGS)
+
+drills: $(READY) $(PATRONI)/.ready ## run the drills of restores and failovers: needs PostgreSQL, pgbackrest and etcd
+	@PATH="$(CURDIR)/$(PATRONI)/bin:$$PATH" $(RUN)/python -m pytest -m "drill or slow" tests/drills $(ARGS)
+
+# The user postgres runs Patroni, and cannot enter the folder of root's own Python.
+$(PATRONI)/.ready:
+	@$(firstword $(wildcard /usr/bin/python3) $(PYTHON)) -m venv --clear $(PATRONI)
+	@$(PATRONI)/bin/python -m pip install --quiet --disable-pip-version-check "patroni[etcd3]~=4.1" "psycopg[binary]~=3.3"
+	@touch $@
 
 test-wheel: $(READY) ## build the wheel, install it into an empty environment, and test it there
 	@$(RUN)/python -m pytest -m wheel $(ARGS)

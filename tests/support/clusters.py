@@ -39,12 +39,12 @@ KEYS = {"encryption_keys": generate_key(), "api_key_peppers": generate_key()}
 LOOPBACK = "127.0.0.1"
 
 
-def run(program: str, *arguments: str) -> None:
+def run(program: str, *arguments: str, programs: Path | None = PROGRAMS) -> None:
     """Run a program of PostgreSQL as an ordinary user, because it refuses root."""
-    assert PROGRAMS
+    assert programs
     root = os.geteuid() == 0
     subprocess.run(
-        [PROGRAMS / program, *arguments],
+        [programs / program, *arguments],
         check=True,
         cwd="/",
         stdin=subprocess.DEVNULL,
@@ -77,11 +77,11 @@ class Server:
             "port": str(self.port),
             "listen_addresses": LOOPBACK,
             "fsync": "off",
+            "unix_socket_directories": "",
             "dynamic_shared_memory_type": "mmap",  # so that no shared memory is left
             "wal_retrieve_retry_interval": "100ms",  # by default a standby sleeps for 5 s
         } | settings
         options = " ".join(f"-c {name}={value}" for name, value in chosen.items())
-        options += " -c unix_socket_directories="
         run("pg_ctl", "-D", str(self.data), "-l", f"{self.data}.log", "-o", options, "-w", "start")
 
     def promote(self) -> None:
