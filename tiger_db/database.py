@@ -10,10 +10,13 @@ from typing import Any, Literal, Self, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import event, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
+from sqlalchemy.orm import ORMExecuteState, defer
+from sqlmodel import Session
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db.actor import Actor
@@ -32,6 +35,7 @@ from tiger_db.keys_in_force import (
     in_force,
 )
 from tiger_db.migrations import schema_state
+from tiger_db.models import SECRET_COLUMNS
 from tiger_db.models.secrets import CONTEXT
 from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.public import public
@@ -39,6 +43,8 @@ from tiger_db.settings import Settings
 from tiger_db.sqlstates import typed
 
 T = TypeVar("T")
+# NULL if the current role may not use the schema.
+_READS_SECRETS = text("SELECT has_column_privilege('tiger_accounts', 'private_key', 'SELECT')")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 # Maximum number of connections for out-of-band writes, which do not use the pool of the sessions.
 _OUT_OF_BAND_CONNECTIONS = 4
@@ -77,6 +83,28 @@ class AsyncSession(SQLModelSession):
             raise OutcomeUnknown(
                 f"{error}, during the commit: it is unknown whether the transaction was saved"
             ) from None
+
+
+class _SessionWithoutSecrets(Session):
+    """A session whose role may not read the columns of secrets, such as the role of an auditor.
+
+    The entities that the session loads lack these columns, and reading them raises an error.
+    """
+
+
+@event.listens_for(_SessionWithoutSecrets, "do_orm_execute")
+def _leave_out_secrets(state: ORMExecuteState) -> None:
+    if not state.is_select or state.is_column_load:
+        return
+    for described in getattr(state.statement, "column_descriptions", ()):
+        entity = described["entity"]
+        if entity is None or described["expr"] is not entity:
+            continue
+        table = inspect(entity).mapper.local_table
+        columns = SECRET_COLUMNS.get(table.name, frozenset())
+        state.statement = state.statement.options(
+            *(defer(getattr(entity, name), raiseload=True) for name in columns)
+        )
 
 
 class Database:
@@ -196,6 +224,8 @@ class Database:
             self.info[CONTEXT] = replace(self.info[CONTEXT], key_provider=provider, peppers=peppers)
         async with self.engine.connect() as connection:
             (await schema_state(connection)).check()
+            if await connection.scalar(_READS_SECRETS) is False:
+                self.sessions.configure(sync_session_class=_SessionWithoutSecrets)
         self._checked = True
 
     async def signing_key(self) -> Ed25519PrivateKey | None:

@@ -52,6 +52,12 @@ class StatementRefused(TigerDBError):
     code = "statement_refused"
 
 
+class PrivilegeMissing(StatementRefused):
+    """The database role lacks a privilege."""
+
+    code = "privilege_missing"
+
+
 class SchemaMismatch(TigerDBError):
     """The schema of the database does not match this version of tiger_db."""
 

@@ -18,6 +18,7 @@ from tiger_db.errors import (
     InvalidState,
     InvalidValue,
     MissingReference,
+    PrivilegeMissing,
     QueryTimeout,
     StatementRefused,
     TigerDBError,
@@ -31,6 +32,8 @@ SCHEMA_CHANGED = (asyncpg.InvalidCachedStatementError, asyncpg.OutdatedSchemaCac
 DISK_FULL = "53100"
 READ_ONLY_SQL_TRANSACTION = "25006"  # A former primary or a readonly session refused a write.
 IDLE_IN_TRANSACTION_TIMEOUT = "25P03"
+INSUFFICIENT_PRIVILEGE = "42501"
+_PRIVILEGE_ADVICE = "`tiger-db grant` gives a role its privileges; others need the owner"
 # Before version 18, PostgreSQL uses the same SQLSTATE for a reference to a missing row and for the
 # deletion of a referenced row.
 _BROKEN_REFERENCE = "the referenced row does not exist, or other rows refer to the deleted row"
@@ -64,7 +67,7 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "3D000": (DatabaseUnavailable, "the database does not exist: run `tiger-db init`"),
     "40001": (Conflict, None),  # Serialization failure, or conflict with recovery on a replica.
     "40P01": (Conflict, None),  # Deadlock.
-    "42501": (StatementRefused, None),  # Missing privilege.
+    INSUFFICIENT_PRIVILEGE: (PrivilegeMissing, None),
     DISK_FULL: (DatabaseUnavailable, "the disk of the database server is full"),
     "53300": (
         DatabaseUnavailable,
@@ -131,6 +134,11 @@ def _classify_sqlstate(error: asyncpg.PostgresError, statement_timeout: str) -> 
     where = getattr(error, "constraint_name", None) or getattr(error, "column_name", None)
     if message is None:
         text = str(error).partition("\n")[0]
+        if kind is PrivilegeMissing:
+            # A trigger that refuses a change has this SQLSTATE, too.
+            if error.server_source_function == "exec_stmt_raise":
+                return StatementRefused(text)
+            return kind(f"{text}: {_PRIVILEGE_ADVICE}")
         setting = _setting(error.sqlstate or "", text, statement_timeout)
         return kind(f"{text} ({setting})" if setting else text)
     if where:

@@ -103,8 +103,9 @@ class CommandLine:
 # The names of all commands, in the order of `tiger-db --help`.
 COMMANDS = (
     "init", "migrate", "revision", "downgrade", "current", "history", "check", "health-check",
-    "doctor", "start-embedded", "stop-embedded", "create-account", "list-accounts",
-    "count-accounts", "explain-routing", "show-account", "set-default-account", "close-account",
+    "doctor", "start-embedded", "stop-embedded", "grant", "revoke-grants", "create-account",
+    "list-accounts", "count-accounts", "explain-routing", "show-account", "set-default-account",
+    "close-account",
     "reopen-account", "delete-account", "set-account-status", "add-market-permission",
     "remove-market-permission", "reset-account-errors",
     "create-api-key", "list-api-keys", "verify-api-key", "show-api-key", "list-expiring-api-keys",

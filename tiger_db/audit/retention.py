@@ -25,9 +25,11 @@ from tiger_db.audit.months import (
 from tiger_db.audit.seal_format import MerkleTree
 from tiger_db.audit.sealer import Sealer, check_clocks, required_key
 from tiger_db.audit.storage import Connection
+from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.migrations import MONTHS_AHEAD
+from tiger_db.migrations.grants import apply_grants
 from tiger_db.models import AuditAction, AuditLog
 from tiger_db.models.audit_logs import insert_events
 from tiger_db.public import Progress, no_progress, public
@@ -86,6 +88,7 @@ async def maintain(database: Database, *, progress: Progress = no_progress) -> M
         await connection.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
         try:
             done.made = await _with_lock_retries(connection, partial(_make_months, connection))
+            await _grant_again(database)
             if retention is None:
                 return done
             kept_from = first_kept_month(
@@ -145,6 +148,12 @@ async def _make_months(connection: Connection) -> int:
         await connection.execute(storage.TAKE_SEALING_LOCK)
         made: int = await connection.fetchval("SELECT make_audit_months($1)", MONTHS_AHEAD)
         return made
+
+
+async def _grant_again(database: Database) -> None:
+    """Grant the privileges of roles on the default partition, which can be a new one."""
+    async with maintenance_engine(database.settings) as engine, engine.begin() as connection:
+        await apply_grants(connection)
 
 
 def first_kept_month(database_time: datetime, machine_time: datetime, retention: int) -> datetime:

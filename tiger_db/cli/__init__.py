@@ -21,6 +21,7 @@ from tiger_db.cli import (
     encryption,
     key_codes,
     refreshes,
+    roles,
     tiger,
     trading,
 )
@@ -41,7 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _module in (
-    database, accounts, api_keys, key_codes, trading, audit_events, audit_seals, refreshes,
+    database, roles, accounts, api_keys, key_codes, trading, audit_events, audit_seals, refreshes,
     encryption, tiger,
 ):  # fmt: skip
     app.add_typer(_module.app)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 app = typer.Typer()
-_PANEL = "Database"
+PANEL = "Database"
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def init() -> None:
     """Create the database, the schema and the embedded server's keys if they are missing."""
     config = runtime.settings()
@@ -60,7 +60,7 @@ def init() -> None:
     output.print_message(f"{config.location} is ready")
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def migrate(
     *,
     revision: Annotated[
@@ -91,7 +91,7 @@ def migrate(
     elif sql:
         work = tiger_db.migrations.pending_sql
         typer.echo(
-            runtime.run_async(_with_engine(config, lambda engine: work(engine, revision))), nl=False
+            runtime.run_async(with_engine(config, lambda engine: work(engine, revision))), nl=False
         )
     else:
         result = runtime.run_async(_migrate(config, revision))
@@ -99,7 +99,7 @@ def migrate(
             output.print_json(asdict(result))
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def revision(
     *,
     message: Annotated[str, typer.Option("--message", "-m", help="Description of the changes.")],
@@ -111,14 +111,14 @@ def revision(
     work = tiger_db.migrations.revision
     with redirect_stdout(sys.stderr):  # keep the messages of Alembic out of stdout
         path = runtime.run_async(
-            _with_engine(
+            with_engine(
                 runtime.settings(), lambda engine: work(engine, message, autogenerate=not empty)
             )
         )
     typer.echo(path)
 
 
-@app.command(rich_help_panel=_PANEL, context_settings={"ignore_unknown_options": True})
+@app.command(rich_help_panel=PANEL, context_settings={"ignore_unknown_options": True})
 def downgrade(
     revision: Annotated[
         str, typer.Argument(help="Revision id, or -1 (previous revision), or base (no tables).")
@@ -130,17 +130,17 @@ def downgrade(
     config, work = runtime.settings(), tiger_db.migrations.downgrade
     options.confirm(f"Downgrade {config.location} to {revision}? Data will be lost.", yes=yes)
     state = runtime.run_async(
-        _with_engine(config, lambda engine: work(engine, revision, report=output.print_message))
+        with_engine(config, lambda engine: work(engine, revision, report=output.print_message))
     )
     output.print_message(
         f"the schema of {config.location} is now at revision {state.current or 'base'}"
     )
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def current(*, as_json: options.AsJson = False) -> None:
     """Show the revision of the database schema."""
-    state = runtime.run_async(_with_engine(runtime.settings(), _load_state))
+    state = runtime.run_async(with_engine(runtime.settings(), _load_state))
     if as_json:
         output.print_json(asdict(state))
     elif state.current:
@@ -149,13 +149,13 @@ def current(*, as_json: options.AsJson = False) -> None:
         output.print_message(state.problem)
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def history(*, as_json: options.AsJson = False) -> None:
     """List the migrations, newest first."""
     _show_scripts(tiger_db.migrations.history(), as_json=as_json)
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def check(*, as_json: options.AsJson = False) -> None:
     """List the pending migrations, or differences between the schema and this release.
 
@@ -164,7 +164,7 @@ def check(*, as_json: options.AsJson = False) -> None:
     repairs a difference. Only `tiger-db doctor` lists triggers that were added to the schema.
     """
     config = runtime.settings()
-    state = runtime.run_async(_with_engine(config, _load_state))
+    state = runtime.run_async(with_engine(config, _load_state))
     if not state.known:
         state.check()
     if state.problem:
@@ -174,7 +174,7 @@ def check(*, as_json: options.AsJson = False) -> None:
             for script in scripts
         ]
     else:
-        lines = runtime.run_async(_with_engine(config, tiger_db.migrations.drift))
+        lines = runtime.run_async(with_engine(config, tiger_db.migrations.drift))
     output.show_lines(lines, as_json=as_json)
     state.check()
     if lines:
@@ -186,7 +186,7 @@ def check(*, as_json: options.AsJson = False) -> None:
     output.print_message(f"{config.location} has the schema of this release")
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def health_check(
     *,
     live: Annotated[
@@ -217,7 +217,7 @@ def health_check(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def doctor(*, as_json: options.AsJson = False) -> None:
     """Check the installation of tiger_db, and print advice on each problem."""
     results = runtime.run_async(tiger_db.doctor.run(runtime.settings()))
@@ -227,7 +227,7 @@ def doctor(*, as_json: options.AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def start_embedded() -> None:
     """Start the embedded PostgreSQL server, which runs until `tiger-db stop-embedded`."""
     config = runtime.settings()
@@ -238,7 +238,7 @@ def start_embedded() -> None:
         )
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def stop_embedded() -> None:
     """Stop the embedded PostgreSQL server, and keep the server's data."""
     config = runtime.settings()
@@ -294,7 +294,7 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
     return True
 
 
-async def _with_engine(
+async def with_engine(
     config: "tiger_db.Settings", work: "Callable[[AsyncEngine], Awaitable[T]]"
 ) -> T:
     async with tiger_db.connections.maintenance_engine(config) as engine:
@@ -308,7 +308,7 @@ async def _load_state(engine: "AsyncEngine") -> "tiger_db.migrations.SchemaState
 
 async def _pending(config: "tiger_db.Settings", revision: str) -> "list[Script]":
     work = tiger_db.migrations.pending
-    return await _with_engine(config, lambda engine: work(engine, revision))
+    return await with_engine(config, lambda engine: work(engine, revision))
 
 
 def _show_scripts(scripts: "list[Script]", *, as_json: bool) -> None:
@@ -322,12 +322,12 @@ def _show_scripts(scripts: "list[Script]", *, as_json: bool) -> None:
 async def _migrate(
     config: "tiger_db.Settings", revision: str
 ) -> "tiger_db.migrations.UpgradeResult":
-    before = await _with_engine(config, _load_state)
+    before = await with_engine(config, _load_state)
     if before.current is not None and not before.known:
         before.check()
     if before.current != before.head:
         output.print_message(f"migrating {config.location}")
-    after = await _with_engine(
+    after = await with_engine(
         config,
         lambda engine: tiger_db.migrations.upgrade(engine, revision, report=output.print_message),
     )
@@ -339,7 +339,7 @@ async def _migrate(
         output.print_message(f"the schema is already at revision {after.current}")
     if after.problem:
         output.print_message(after.problem)
-    elif unsigned := await _with_engine(config, _count_unsigned):
+    elif unsigned := await with_engine(config, _count_unsigned):
         output.print_warning(
             f"{output.count_of(unsigned, 'API key')} without an authentication code, which servers"
             " of this release refuse: when all processes have this release, run `tiger-db"

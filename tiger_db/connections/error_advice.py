@@ -5,7 +5,8 @@ import ssl
 import asyncpg
 from sqlalchemy.exc import DBAPIError
 
-from tiger_db.errors import DatabaseUnavailable, TigerDBError
+from tiger_db.errors import DatabaseUnavailable, PrivilegeMissing, TigerDBError
+from tiger_db.sqlstates import classify
 
 
 def reason(error: BaseException) -> str:
@@ -27,6 +28,8 @@ def explain(error: Exception) -> str | None:
     Return None if the error is no DBAPIError, TigerDBError or OSError.
     """
     if isinstance(error, DBAPIError):
+        if isinstance(known := classify(error), PrivilegeMissing):
+            return str(known)
         cause = getattr(error.orig, "__cause__", None) or error.orig
         text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         return f"the database refused a statement: {text}"

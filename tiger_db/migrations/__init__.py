@@ -22,6 +22,13 @@ from tiger_db.files import file_errors
 from tiger_db.migrations.applications import include_object as include_object
 from tiger_db.migrations.applications import render_item as render_item
 from tiger_db.migrations.comparison import find_differences
+from tiger_db.migrations.grants import (
+    apply_grants,
+    find_grant_differences,
+    find_granted_roles,
+    find_objects,
+    grant_statements,
+)
 from tiger_db.migrations.locks import LOCK_TIMEOUT, Report, migration_lock, with_lock_retries
 from tiger_db.migrations.version_table import (
     FORMER_VERSION_TABLE,
@@ -314,8 +321,10 @@ async def upgrade(
 
     Each migration has its own transaction. `upgrade` waits while another process runs migrations. A
     migration that waits too long for a table lock is rolled back and run again, because the
-    migration blocks other sessions. The function `report` is called with one line of text for
-    each migration, for each failed attempt, and while `upgrade` waits.
+    migration blocks other sessions. At the head revision, `upgrade` finally repeats the grants of
+    `tiger-db grant`, so that roles get their privileges on new tables. The function `report` is
+    called with one line of text for each migration, for each failed attempt, and while `upgrade`
+    waits.
 
     Raises:
         MigrationError: the database role lacks the privilege to create the schema, the target
@@ -337,8 +346,14 @@ async def upgrade(
                     created = text("SELECT make_audit_months(:months)")
                     return int(await connection.scalar(created, {"months": MONTHS_AHEAD}))
 
+            async def grant_again() -> None:
+                async with connection.begin():
+                    await apply_grants(connection)
+
             title = "creating audit partitions"
             months, *_ = await with_lock_retries(engine, connection, title, create_months, report)
+            title = "granting privileges"
+            await with_lock_retries(engine, connection, title, grant_again, report)
         return UpgradeResult(state.current, state.head, state.known, applied, months)
 
 
@@ -390,6 +405,7 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
             script = search_path_sql(schema, create=missing)
         if (await connection.run_sync(_stored)).former:
             script += _transaction_sql(*TAKEOVER)
+        grants = await _grants_of_roles(connection)
     if steps:
         start = steps[0].down_revision
         if not (start is None or isinstance(start, str)):
@@ -398,8 +414,18 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
             )
         script += migration_sql(start, steps[-1].revision)
     if not steps or steps[-1].revision == _head():
-        script += _transaction_sql(f"SELECT make_audit_months({MONTHS_AHEAD})")
+        script += _transaction_sql(f"SELECT make_audit_months({MONTHS_AHEAD})", *grants)
     return script
+
+
+async def _grants_of_roles(connection: AsyncConnection) -> list[str]:
+    """Return the statements that grant the privileges of each granted role again."""
+    present = text("SELECT pg_catalog.to_regclass('granted_roles') IS NOT NULL")
+    if not await connection.scalar(present):
+        return []
+    roles = await find_granted_roles(connection)
+    objects = await find_objects(connection)
+    return [s for role, kind in roles.items() for s in grant_statements(objects, role, kind)]
 
 
 def _transaction_sql(*statements: str) -> str:
@@ -444,6 +470,8 @@ async def drift(engine: AsyncEngine) -> list[str]:
     async with engine.connect() as connection:
         (await schema_state(connection)).check()
         differences = await find_differences(connection)
+        await connection.rollback()
+        differences += await find_grant_differences(connection)
         await connection.rollback()
         changed = [str(difference) for difference in differences if not difference.undeclared]
         try:

@@ -24,8 +24,8 @@ class SchemaDifference:
         return f"{self.description}: {self.repair}"
 
 
-_SET_LOCALLY = text("SELECT pg_catalog.set_config(:name, :value, true)")
-_SCHEMA = text("""
+SET_LOCALLY = text("SELECT pg_catalog.set_config(:name, :value, true)")
+SCHEMA = text("""
 SELECT oid, nspname::text AS name, pg_catalog.quote_ident(nspname) AS quoted
 FROM pg_catalog.pg_namespace WHERE nspname OPERATOR(pg_catalog.=) pg_catalog.current_schema()
 """)
@@ -136,11 +136,11 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
     `find_differences` sets the search path of the current transaction to pg_catalog.
     """
     # If the setting quote_all_identifiers were on, PostgreSQL would print additional quotes.
-    await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
-    schema = (await connection.execute(_SCHEMA)).one()
+    await connection.execute(SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
+    schema = (await connection.execute(SCHEMA)).one()
     # With the search path pg_catalog, the queries call only PostgreSQL's own functions, and
     # PostgreSQL prints qualified names.
-    await connection.execute(_SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
+    await connection.execute(SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
     values: dict[str, Any] = {
         "schema": schema.oid,
         "tables": [*TABLES],
