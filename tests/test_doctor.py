@@ -49,7 +49,7 @@ async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings
         await factories.account(session)
         await factories.api_key(session)
     results = await doctor.run(clone_settings)
-    assert len({result.check for result in results}) == len(results) == 21
+    assert len({result.check for result in results}) == len(results) == 22
     assert {result.status for result in results} == {"ok"}, results
     assert all(result.advice is None for result in results if result.status == "ok")
     by_check = {result.check: result.seen for result in results}
@@ -554,7 +554,7 @@ async def test_missing_privileges_are_reported(clone: Database, guest: Settings)
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role
         results = {result.check: result for result in await doctor.run(guest)}
-    assert len(results) == 21
+    assert len(results) == 22
     assert {f.status for f in results.values()} == {"ok", "warning"}, results
     for check in (
         "unsealed events",

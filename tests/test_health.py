@@ -90,8 +90,8 @@ async def test_rows_are_estimates_over_all_partitions(
         await session.execute(text("DELETE FROM tiger_accounts"))  # does not change the estimates
     assert (await check_readiness(clone_settings)).rows == {
         "api_key_limits": 0, "api_key_usage": 0, "api_keys": 0,
-        "audit_logs": 5, "audit_seals": 0, "tiger_accounts": 3, "token_statuses": 0,
-        "trading_pauses": 0,
+        "audit_logs": 5, "audit_seals": 0, "granted_roles": 0, "tiger_accounts": 3,
+        "token_statuses": 0, "trading_pauses": 0,
     }  # fmt: skip
 
 

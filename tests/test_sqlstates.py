@@ -22,6 +22,7 @@ from tiger_db.errors import (
     Conflict,
     DatabaseUnavailable,
     InvalidState,
+    PrivilegeMissing,
     QueryTimeout,
     StatementRefused,
     TigerDBError,
@@ -246,7 +247,8 @@ USES: list[Callable[[Database], Awaitable[object]]] = [
 @pytest.mark.slow
 async def test_a_missing_privilege_is_a_message_of_one_line(nobody: Database) -> None:
     for use in USES:
-        with pytest.raises(StatementRefused, match=r"^permission denied for \w+ \w+$"):
+        advice = "connect as another role, or see `tiger-db grant` and docs/roles.md"
+        with pytest.raises(PrivilegeMissing, match=rf"^permission denied for \w+ \w+: {advice}$"):
             async with asyncio.timeout(20):
                 await use(nobody)
 
@@ -341,7 +343,7 @@ async def test_the_setting_that_ended_a_statement_is_named(clone: Database) -> N
         ("28P01", DatabaseUnavailable, True),
         ("40001", Conflict, True),
         ("40P01", Conflict, True),
-        ("42501", StatementRefused, False),
+        ("42501", PrivilegeMissing, False),
         ("42P01", None, False),
         ("53100", DatabaseUnavailable, True),
         ("53300", DatabaseUnavailable, True),

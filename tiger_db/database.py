@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
-from sqlalchemy.orm import ORMExecuteState, defer
+from sqlalchemy.orm import Load, ORMExecuteState
 from sqlmodel import Session
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
@@ -96,15 +96,18 @@ class _SessionWithoutSecrets(Session):
 def _leave_out_secrets(state: ORMExecuteState) -> None:
     if not state.is_select or state.is_column_load:
         return
+    # The path leads from the selected entity to the entity that a relationship loads.
+    path: Any = state.loader_strategy_path.path if state.loader_strategy_path else ()
     for described in getattr(state.statement, "column_descriptions", ()):
-        entity = described["entity"]
+        entity = described.get("entity")
         if entity is None or described["expr"] is not entity:
             continue
-        table = inspect(entity).mapper.local_table
-        columns = SECRET_COLUMNS.get(table.name, frozenset())
-        state.statement = state.statement.options(
-            *(defer(getattr(entity, name), raiseload=True) for name in columns)
-        )
+        option = Load(path[0].class_ if path else entity)
+        for relationship in path[1::2]:
+            option = option.defaultload(relationship.class_attribute)
+        for name in SECRET_COLUMNS.get(inspect(entity).mapper.local_table.name, ()):
+            option = option.defer(getattr(entity, name), raiseload=True)
+        state.statement = state.statement.options(option)
 
 
 class Database:

@@ -21,6 +21,7 @@ from tiger_db.connections.error_advice import explain
 from tiger_db.errors import Conflict, QueryTimeout, StatementRefused, TigerDBError
 from tiger_db.migrations import SEARCH_PATH, SearchPath
 from tiger_db.settings import Settings, quote_identifier
+from tiger_db.sqlstates import PRIVILEGE_ADVICE
 
 _TIMEOUTS = text(
     "SELECT set_config('statement_timeout', '5s', true), set_config('lock_timeout', '1s', true)"
@@ -68,6 +69,7 @@ def _checks(settings: Settings) -> dict[str, Check]:
         "Citus": database.check_citus,
         "schema": database.check_schema,
         "triggers and functions": database.check_triggers,
+        "database roles": partial(database.check_roles, settings=settings),
         "audit partitions": database.check_partitions,
         "unsealed events": trail.check_unsealed,
         "audit checkpoints": partial(trail.check_checkpoints, settings=settings),
@@ -93,17 +95,15 @@ async def _run_check(connection: AsyncConnection, name: str, check: Check) -> Ch
             await connection.execute(_TIMEOUTS)
             return CheckResult(name, *await check(connection))
     except (DBAPIError, Conflict, QueryTimeout, StatementRefused) as error:
+        seen = f"not checked: {explain(error)}"
+        advice = "see `tiger-db check`"
         if isinstance(error, Conflict | QueryTimeout):
             advice = (
                 "run `tiger-db doctor` again; `pg_stat_activity` shows sessions that hold locks"
             )
-        elif (
-            isinstance(error, StatementRefused) or getattr(error.orig, "sqlstate", None) == "42501"
-        ):
-            advice = "GRANT the missing privilege to this role, or connect as the tables' owner"
-        else:
-            advice = "see `tiger-db check`"
-        return CheckResult(name, "warning", f"not checked: {explain(error)}", advice)
+        elif seen.endswith(PRIVILEGE_ADVICE):
+            seen, advice = seen.removesuffix(f": {PRIVILEGE_ADVICE}"), PRIVILEGE_ADVICE
+        return CheckResult(name, "warning", seen, advice)
 
 
 async def _check_search_path(direct: AsyncConnection, settings: Settings) -> CheckResult:

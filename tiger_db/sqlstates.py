@@ -33,7 +33,7 @@ DISK_FULL = "53100"
 READ_ONLY_SQL_TRANSACTION = "25006"  # A former primary or a readonly session refused a write.
 IDLE_IN_TRANSACTION_TIMEOUT = "25P03"
 INSUFFICIENT_PRIVILEGE = "42501"
-_PRIVILEGE_ADVICE = "`tiger-db grant` gives a role its privileges; others need the owner"
+PRIVILEGE_ADVICE = "connect as another role, or see `tiger-db grant` and docs/roles.md"
 # Before version 18, PostgreSQL uses the same SQLSTATE for a reference to a missing row and for the
 # deletion of a referenced row.
 _BROKEN_REFERENCE = "the referenced row does not exist, or other rows refer to the deleted row"
@@ -138,7 +138,7 @@ def _classify_sqlstate(error: asyncpg.PostgresError, statement_timeout: str) -> 
             # A trigger that refuses a change has this SQLSTATE, too.
             if error.server_source_function == "exec_stmt_raise":
                 return StatementRefused(text)
-            return kind(f"{text}: {_PRIVILEGE_ADVICE}")
+            return kind(f"{text}: {PRIVILEGE_ADVICE}")
         setting = _setting(error.sqlstate or "", text, statement_timeout)
         return kind(f"{text} ({setting})" if setting else text)
     if where:
@@ -170,6 +170,9 @@ def typed(error: SQLAlchemyError) -> TigerDBError:
         return Conflict("another transaction has deleted a row that this transaction changes")
     if isinstance(error, DBAPIError):
         return StatementRefused(f"the database refused a statement: {type(_cause(error)).__name__}")
+    # This message of SQLAlchemy means that a session of `Database` has left out secrets.
+    if "raiseload=True" in str(error):
+        return PrivilegeMissing(f"this role may not read secrets: {PRIVILEGE_ADVICE}")
     return InvalidState(f"SQLAlchemy refuses the call on this session: {type(error).__name__}")
 
 

@@ -1,10 +1,10 @@
 """Create the table granted_roles.
 
 Revision: 0025
-Follows: 0023
+Follows: 0024
 Made: 2026-11-29
 
-The migration locks no existing table and grants nothing. Processes that run the code of revision 0023
+The migration locks no existing table and grants nothing. Processes that run the code of revision 0024
 work with the schema of revision 0025. The downgrade drops the table, but leaves the privileges of
 the roles: run `tiger-db revoke-grants` before.
 """
@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0025"
-down_revision = "0023"
+down_revision = "0024"
 branch_labels = None
 depends_on = None
 
@@ -22,7 +22,12 @@ depends_on = None
 def upgrade() -> None:
     op.create_table(
         "granted_roles",
-        sa.Column("role", sa.Text(), nullable=False, comment="Name of the database role"),
+        sa.Column(
+            "role",
+            sa.Text(collation="C"),
+            nullable=False,
+            comment="Name of the database role",
+        ),
         sa.Column(
             "kind",
             sa.Text(),

@@ -189,7 +189,7 @@ def test_migrate_without_the_privilege_to_create_tables_fails(
     bare.env = {"DATABASE_URL": url_of(server_url, empty_database.database, nobody)}
     result = bare("migrate")
     assert result.code == 1
-    assert "the database refused a statement: permission denied for schema public" in result.err
+    assert "error: permission denied for schema public: connect as another role" in result.err
     assert "hunter2" not in result.err
 
 

@@ -68,6 +68,8 @@ FROM generate_series(0, 2) month, generate_series(1, 8000) n;
 
 INSERT INTO audit_seals SELECT n, '', '', '' FROM generate_series(1, 10000) n;
 
+INSERT INTO granted_roles SELECT n, 'app' FROM generate_series(1, 10000) n;
+
 ANALYZE;
 
 SELECT brin_summarize_new_values(pg_class.oid) FROM pg_class JOIN pg_am ON pg_am.oid = relam

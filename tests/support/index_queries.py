@@ -16,6 +16,7 @@ from tiger_db.crud.api_keys.rate_limits import CONSUME
 from tiger_db.crud.pagination import EntityList, encode_cursor
 from tiger_db.crud.token_status.queries import REFRESHES
 from tiger_db.database import AsyncSession
+from tiger_db.migrations.roles import FORGET
 
 NOW = datetime.now(UTC)
 OLD = NOW - datetime(2024, 6, 24, tzinfo=UTC)  # longer ago than the time in any id of `id_of`
@@ -79,6 +80,12 @@ async def newest_seal(session: AsyncSession) -> None:
     """The newest seal."""
     connection = await session.connection()
     await connection.exec_driver_sql(SELECT_LAST_SEAL)
+
+
+async def forgotten_role(session: AsyncSession) -> None:
+    """A role whose grants are revoked."""
+    connection = await session.connection()
+    await connection.exec_driver_sql(FORGET, ("77",))
 
 
 SERVES: list[tuple[str, Call]] = [
@@ -159,4 +166,5 @@ SERVES: list[tuple[str, Call]] = [
     ("ix_audit_logs_request_id_id", asks(audit_logs.search, request_id="r77")),
     ("ix_audit_logs_position", asks(events_to_seal)),
     ("pk_audit_seals", asks(newest_seal)),
+    ("pk_granted_roles", asks(forgotten_role)),
 ]

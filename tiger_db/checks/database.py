@@ -7,8 +7,10 @@ from tiger_db.checks import Outcome, fetch_all, join_first
 from tiger_db.errors import SchemaMismatch
 from tiger_db.migrations import schema_state
 from tiger_db.migrations.comparison import find_differences
-from tiger_db.models import TABLES, metadata
+from tiger_db.migrations.grants import find_grant_differences, find_granted_roles
+from tiger_db.models import TABLES, RoleKind, metadata
 from tiger_db.models.base import readable_rules
+from tiger_db.settings import Settings
 
 _MAX_ROWS_NAMED = 3  # maximum number of rows of a table that a check names
 # _OUR_TABLES selects the tables of tiger_db, partitions included.
@@ -164,6 +166,32 @@ async def check_triggers(connection: AsyncConnection) -> Outcome:
     if added:  # an added trigger can change or refuse writes, such as the revocation of an API key
         return Outcome("warning", seen, added[0].repair)
     return Outcome("ok", "all triggers, functions and rules match this release")
+
+
+_ROLE = """
+SELECT current_user::text AS name, rolsuper AS super,
+    pg_has_role(relowner, 'MEMBER') AS owns
+FROM pg_class, pg_roles WHERE pg_class.oid = to_regclass('audit_logs') AND rolname = current_user
+"""
+
+
+async def check_roles(connection: AsyncConnection, *, settings: Settings) -> Outcome:
+    """Compare the privileges of roles with the declared ones, and find who can change the trail."""
+    role = (await fetch_all(connection, _ROLE))[0]
+    granted = await find_granted_roles(connection)
+    if differences := await find_grant_differences(connection):
+        seen = join_first([difference.description for difference in differences])
+        return Outcome("problem", seen, join_first([found.repair for found in differences]))
+    seen = "; ".join(f"{kind}: {name}" for name, kind in granted.items()) or "no role is granted"
+    if not role.owns or RoleKind.APP in granted.values():
+        return Outcome("ok", seen)
+    state = "is a superuser" if role.super else "is the owner of the tables, or a member of it"
+    seen = f"{seen}, and the role {role.name} {state}: an application with this role can change"
+    return Outcome(
+        "warning" if settings.production else "ok",
+        f"{seen} the audit trail",
+        "run `tiger-db grant` for the role of the application, and connect it with this role",
+    )
 
 
 _MONTHS_AHEAD = """

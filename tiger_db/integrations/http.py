@@ -33,6 +33,7 @@ STATUSES = {
     "query_timeout": 503,
     "conflict": 409,
     "statement_refused": 500,
+    "privilege_missing": 500,
     "schema_mismatch": 500,
     "migration_error": 500,
     "embedded_error": 500,

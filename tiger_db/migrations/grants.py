@@ -5,7 +5,9 @@ declared privileges of this kind only, and `upgrade` grants them again after the
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 from sqlalchemy import Row, text
@@ -74,13 +76,9 @@ GRANTS: dict[tuple[str, str], dict[RoleKind, Privileges]] = {
 _COMPARED_FOR_ALL = {"TABLE", "SEQUENCE"}
 _PARTITION = re.compile(r"audit_logs_\d{4}_\d{2}")
 _TRAIL = re.compile(r"audit_logs|audit_logs_(default|\d{4}_\d{2}|position_seq)|audit_seals")
-RESET_SEARCH_PATH = "SET LOCAL search_path TO DEFAULT"
 # Two transactions cannot change the grants on the same object at the same time.
 LOCK_GRANTS = text(f"SELECT pg_catalog.pg_advisory_xact_lock({lock_key(0x7469676572_02)})")
 _ROLES = text("SELECT role, kind FROM granted_roles ORDER BY role")
-_EXISTING = text(
-    "SELECT rolname::text FROM pg_catalog.pg_roles WHERE rolname = ANY (CAST(:roles AS text[]))"
-)
 _OBJECTS = """
 WITH objects AS (
     SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS type, c.oid,
@@ -109,7 +107,7 @@ _UNRESTRICTED = text(f"""
 {_OBJECTS}
 SELECT r.rolname::text AS role, r.rolsuper AS super,
     ARRAY(SELECT DISTINCT quote_ident(pg_get_userbyid(owner)) FROM objects
-        WHERE pg_has_role(r.oid, owner, 'MEMBER')) AS owners,
+        WHERE type NOT IN ('SCHEMA', 'DATABASE') AND pg_has_role(r.oid, owner, 'MEMBER')) AS owners,
     has_parameter_privilege(r.oid, 'session_replication_role', 'SET') AS disables_triggers
 FROM pg_roles AS r WHERE r.rolname = ANY (CAST(:roles AS text[])) ORDER BY 1
 """)  # noqa: S608  # constants
@@ -176,19 +174,21 @@ async def find_granted_roles(connection: AsyncConnection) -> dict[str, RoleKind]
     return {row.role: RoleKind(row.kind) for row in await connection.execute(_ROLES)}
 
 
-async def _values(connection: AsyncConnection) -> dict[str, Any]:
-    """Return the parameters of the queries, and set the search path to pg_catalog."""
+@asynccontextmanager
+async def _catalog(connection: AsyncConnection) -> AsyncIterator[dict[str, Any]]:
+    """Set the search path to pg_catalog in the block, and yield the parameters of the queries."""
     schema = (await connection.execute(SCHEMA)).one()
+    before = await connection.scalar(text("SELECT pg_catalog.current_setting('search_path')"))
     await connection.execute(SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
     names = [*TABLES, VERSION_TABLE, SEQUENCE]
-    return {"schema": schema.oid, "names": names, "functions": [*FUNCTIONS]}
+    yield {"schema": schema.oid, "names": names, "functions": [*FUNCTIONS]}
+    await connection.execute(SET_LOCALLY, {"name": "search_path", "value": before})
 
 
 async def find_objects(connection: AsyncConnection) -> Sequence[Row[Any]]:
     """Return the objects of tiger_db in the schema, with the schema and the database themselves."""
-    objects = (await connection.execute(_SELECT_OBJECTS, await _values(connection))).all()
-    await connection.exec_driver_sql(RESET_SEARCH_PATH)
-    return objects
+    async with _catalog(connection) as values:
+        return (await connection.execute(_SELECT_OBJECTS, values)).all()
 
 
 def grant_statements(objects: Iterable[Row[Any]], role: str, kind: RoleKind) -> list[str]:
@@ -210,8 +210,15 @@ def revoke_statements(objects: Iterable[Row[Any]], role: str) -> list[str]:
             idents[found.type].append(found.ident)
     revoked_from = quote_identifier(role)
     return [
-        f"REVOKE ALL ON {type_} {', '.join(names)} FROM {revoked_from}"
-        for type_, names in idents.items()
+        *(
+            f"REVOKE ALL ON {t} {', '.join(names)} FROM {revoked_from}"
+            for t, names in idents.items()
+        ),
+        *(
+            f"REVOKE CREATE ON {found.type} {found.ident} FROM {revoked_from}"
+            for found in objects
+            if found.type in ("SCHEMA", "DATABASE")
+        ),
     ]
 
 
@@ -221,13 +228,14 @@ def _quoted(item: tuple[str, Iterable[str]]) -> str:
 
 
 async def apply_grants(connection: AsyncConnection) -> None:
-    """Grant the privileges of each granted role again, in the current transaction."""
+    """Grant the privileges of each role again that lacks some of them, or has other ones."""
     await connection.execute(LOCK_GRANTS)
-    roles = await find_granted_roles(connection)
+    repairs = {found.repair for found in await find_grant_differences(connection)}
     objects = await find_objects(connection)
-    for role in await connection.scalars(_EXISTING, {"roles": [*roles]}):
-        for statement in grant_statements(objects, role, roles[role]):
-            await connection.exec_driver_sql(statement)
+    for role, kind in (await find_granted_roles(connection)).items():
+        if _grant_command(role, kind) in repairs:
+            for statement in grant_statements(objects, role, kind):
+                await connection.exec_driver_sql(statement)
 
 
 async def find_grant_differences(connection: AsyncConnection) -> list[SchemaDifference]:
@@ -237,18 +245,17 @@ async def find_grant_differences(connection: AsyncConnection) -> list[SchemaDiff
     may have privileges that weaken the audit trail.
     """
     roles = await find_granted_roles(connection)
-    values = {**await _values(connection), "roles": [*roles]}
-    found = (await connection.execute(_UNRESTRICTED, values)).all()
+    async with _catalog(connection) as values:
+        everyone = {**values, "roles": [*roles]}
+        found = (await connection.execute(_UNRESTRICTED, everyone)).all()
+        restricted = [row.role for row in found if not (row.super or row.owners)]
+        held = (await connection.execute(_EFFECTIVE, {**values, "roles": restricted})).all()
+        grantees = (await connection.execute(_SELECT_GRANTEES, everyone)).all()
     differences = [*_compare_roles(roles, found)]
-    values["roles"] = [row.role for row in found if not (row.super or row.owners)]
-    held = (await connection.execute(_EFFECTIVE, values)).all()
-    for role in values["roles"]:
+    for role in restricted:
         rows = [row for row in held if row.role == role]
         differences += _compare_privileges(role, roles[role], rows)
-    values["roles"] = [*roles]
-    differences += _compare_grantees(await connection.execute(_SELECT_GRANTEES, values))
-    await connection.exec_driver_sql(RESET_SEARCH_PATH)
-    return differences
+    return [*differences, *_compare_grantees(grantees)]
 
 
 def _compare_roles(
@@ -286,7 +293,7 @@ def _compare_privileges(
         for (type_, name), grants in GRANTS.items()
         for privilege, columns in grants.get(kind, {}).items()
     }
-    title, again = f"the {kind} role {role}", f"run `tiger-db grant {role} --as {kind}`"
+    title, again = f"the {kind} role {role}", _grant_command(role, kind)
     for row in held:
         type_ = row.type
         every = {*row.every} or {""}  # a privilege on a whole object has one column without a name
@@ -325,12 +332,18 @@ def _compare_grantees(found: Iterable[Row[Any]]) -> Iterator[SchemaDifference]:
             may_record = row.name == "audit_logs" and row.privilege == "INSERT" and recordable
             if may_record or row.privilege in harmless or not _TRAIL.fullmatch(row.name):
                 continue
-        what = row.privilege + (f" ({quote_identifier(row.column)})" if row.column else "")
+        columns = () if row.column is None else (row.column,)
+        what = _of_columns(row.privilege, columns, ())
         holder = "PUBLIC" if row.grantee == "PUBLIC" else f"the role {row.grantee}"
-        repair = f"REVOKE {what} ON {row.type} {row.ident} FROM {row.grantee}"
+        revoked = _quoted((row.privilege, columns))
+        repair = f"REVOKE {revoked} ON {row.type} {row.ident} FROM {row.grantee}"
         if row.grantee != "PUBLIC":
             repair = f"run `tiger-db grant {row.grantee} --as app|auditor|sealer`, or {repair}"
         yield _difference(f"{holder} has {what} on {_label(row.type, row.name)}", repair)
+
+
+def _grant_command(role: str, kind: RoleKind) -> str:
+    return f"run `tiger-db grant {shlex.quote(role)} --as {kind}`"
 
 
 def _of_columns(privilege: str, columns: Collection[str], every: Collection[str]) -> str:

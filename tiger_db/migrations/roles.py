@@ -19,6 +19,7 @@ _REMEMBER = """
 INSERT INTO granted_roles (role, kind) VALUES ({role}, '{kind}')
 ON CONFLICT (role) DO UPDATE SET kind = excluded.kind
 """
+FORGET = "DELETE FROM granted_roles WHERE role = $1"
 _FIND_ROLE = text("""
 SELECT rolsuper AS super, pg_has_role(oid, (SELECT relowner FROM pg_class
     WHERE oid = to_regclass('audit_logs')), 'MEMBER') AS owns FROM pg_roles WHERE rolname = :role
@@ -45,7 +46,7 @@ async def grant(engine: AsyncEngine, role: str, kind: RoleKind) -> list[str]:
         SchemaMismatch: the schema does not fit this release.
     """
     async with engine.begin() as connection:
-        for statement in await _grant(connection, role, kind):
+        for statement in await statements_for(connection, role, kind):
             await connection.exec_driver_sql(statement)
         title = f"the {kind} role {role} "
         differences = [
@@ -69,11 +70,12 @@ async def grant_sql(engine: AsyncEngine, role: str, kind: RoleKind) -> str:
         InvalidValue, NotFound, SchemaMismatch: see `grant`.
     """
     async with engine.connect() as connection:
-        statements = await _grant(connection, role, kind)
+        statements = await statements_for(connection, role, kind)
     return ";\n".join(["BEGIN", *statements, "COMMIT"]) + ";\n"
 
 
-async def _grant(connection: AsyncConnection, role: str, kind: RoleKind) -> list[str]:
+async def statements_for(connection: AsyncConnection, role: str, kind: RoleKind) -> list[str]:
+    """Return the statements of `grant`, and lock the grants until the end of the transaction."""
     (await schema_state(connection)).check()
     found = (await connection.execute(_FIND_ROLE, {"role": role})).one_or_none()
     if found is None:
@@ -106,8 +108,7 @@ async def revoke_grants(engine: AsyncEngine, role: str) -> None:
     async with engine.begin() as connection:
         (await schema_state(connection)).check()
         await connection.execute(LOCK_GRANTS)
-        forget = text("DELETE FROM granted_roles WHERE role = :role")
-        if not (await connection.execute(forget, {"role": role})).rowcount:
+        if not (await connection.exec_driver_sql(FORGET, (role,))).rowcount:
             raise NotFound(f"`tiger-db grant` has not given the role {role} any privileges")
         if (await connection.execute(_FIND_ROLE, {"role": role})).one_or_none() is None:
             return

@@ -5,7 +5,7 @@ from enum import StrEnum
 from sqlalchemy import CheckConstraint, Column, Table
 from sqlalchemy import Text as SQLText
 
-from tiger_db.models.columns import metadata
+from tiger_db.models.columns import UNIQUE_TEXT, metadata
 
 
 class RoleKind(StrEnum):
@@ -20,7 +20,7 @@ class RoleKind(StrEnum):
 granted_roles = Table(
     "granted_roles",
     metadata,
-    Column("role", SQLText, primary_key=True, comment="Name of the database role"),
+    Column("role", UNIQUE_TEXT, primary_key=True, comment="Name of the database role"),
     Column(
         "kind",
         SQLText,
