@@ -4,11 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, blocks, code
+from tests.support.sql import run_sql
 from tiger_db.settings import Settings
 from tiger_db.signing import generate_signing_key
 from tiger_db.testing import environment_of
@@ -63,7 +66,22 @@ def test_python_prints_what_its_comments_say(text: str, environ: dict[str, str])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [text for _, text in SHELL], ids=[name for name, _ in SHELL])
-def test_commands_succeed(text: str, environ: dict[str, str], tmp_path: Path) -> None:
+def test_commands_succeed(
+    text: str, environ: dict[str, str], tmp_path: Path, clone_settings: Settings
+) -> None:
+    with roles(clone_settings, {*re.findall(r"tiger-db grant (\w+)", text)}):
+        run(text, environ, tmp_path)
+
+
+@contextmanager
+def roles(settings: Settings, names: set[str]) -> Iterator[None]:
+    """Create the roles that a page creates with psql."""
+    run_sql(settings, *(f"CREATE ROLE {name} LOGIN" for name in names))
+    yield
+    run_sql(settings, *(f"DROP OWNED BY {name}; DROP ROLE {name}" for name in names))
+
+
+def run(text: str, environ: dict[str, str], tmp_path: Path) -> None:
     for command in text.splitlines():
         result = subprocess.run(
             # Without `-o`, make would replace the virtual environment of this test.
