@@ -18,6 +18,7 @@ from tests.support.encryption_keys import (
     store_unbound,
     without_mark,
 )
+from tests.support.roles import connected_as, granted
 from tests.support.sql import CITUS_CATALOG, months, sql
 from tiger_db import AuditAction, Database, Settings, crud, doctor, encryption_key_rotation
 from tiger_db.audit import seal
@@ -614,3 +615,23 @@ async def test_a_sealer_without_memory_is_reported(
     assert (result.status, result.advice) == ("problem", "run `tiger-db verify-audit`")
     missing = settings.model_copy(update={"audit_checkpoints": tmp_path / "none"})
     assert (await found(missing, check)).status == "problem"
+
+
+async def test_roles_are_compared(clone_settings: Settings) -> None:
+    check = "database roles"
+    production = clone_settings.model_copy(update={"environment": "production"})
+    assert await found(clone_settings, check) == CheckResult(check, "ok", "no role is granted")
+    warning = await found(production, check)
+    assert warning.status == "warning"
+    assert "an application that connects with it can change the audit trail" in warning.seen
+    assert "run `tiger-db grant` for the role of the application" in str(warning.advice)
+    async with granted(clone_settings, RoleKind.APP) as role:
+        assert await found(production, check) == CheckResult(check, "ok", f"app: {role}")
+        as_app = connected_as(production, role)
+        assert await found(as_app, check) == CheckResult(check, "ok", f"app: {role}")
+        await sql(clone_settings, f"GRANT TRUNCATE ON audit_logs TO {role}", "SELECT 1")
+        problem = await found(as_app, check)
+        assert (problem.status, problem.advice) == (
+            "problem", f"run `tiger-db grant {role} --as app`",
+        )  # fmt: skip
+        assert problem.seen == f"the app role {role} has TRUNCATE on the table audit_logs"
