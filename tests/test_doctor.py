@@ -24,6 +24,7 @@ from tiger_db import AuditAction, Database, Settings, crud, doctor, encryption_k
 from tiger_db.audit import seal
 from tiger_db.checks import trail
 from tiger_db.doctor import CheckResult
+from tiger_db.models import RoleKind
 from tiger_db.models.secrets import key_provider
 from tiger_db.signing import generate_signing_key
 
