@@ -132,7 +132,7 @@ class Before:
 
 @pytest.mark.parametrize(
     "accounts",
-    [pytest.param(40, marks=pytest.mark.slow), pytest.param(4000, marks=pytest.mark.drill)],
+    [pytest.param(40, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.drill)],
 )
 async def test_a_restore_to_a_point_in_time(
     archived: Archived, installation: Installation, accounts: int
