@@ -91,7 +91,7 @@ schema: $(READY) ## write docs/schema.md from the models and the migrated databa
 	@$(RUN)/python -m tests.docs.schema
 
 bench: $(READY) ## compare with plain asyncpg, and write benchmarks/RESULTS.md
-	@$(RUN)/python -m benchmarks
+	@$(RUN)/python -m benchmarks $(SIZES)
 
 bench-check: $(READY) ## name the most important paths that are slower than in benchmarks/RESULTS.md
 	@$(RUN)/python -m benchmarks.check

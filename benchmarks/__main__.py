@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import platform
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -11,7 +12,17 @@ from pathlib import Path
 
 import asyncpg
 
-from benchmarks import accounts, audit, bare, keys, processes, refreshes, sessions, trail
+from benchmarks import (
+    accounts,
+    audit,
+    bare,
+    growth,
+    keys,
+    processes,
+    refreshes,
+    sessions,
+    trail,
+)
 from benchmarks.work import ROUNDS, Result, Work, measure
 from tests.support.servers import create_database
 from tiger_db import Database
@@ -32,6 +43,15 @@ async def compared_with_bare(server: servers.Server) -> list[Result]:
             results = [await measured(work) for work in works]
     with processes.command_work() as work:
         return [*results, await measured(work), await measured(processes.import_work())]
+
+
+async def growth_rows(server: servers.Server, sizes: Sequence[int]) -> list[str]:
+    rows = []
+    for size in sizes:
+        async with other_database(server, "growth") as database:
+            rows.append(await growth.row(database, size))
+            print(rows[-1])
+    return rows
 
 
 async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
@@ -152,10 +172,12 @@ def report(
     bare_results: Sequence[Result],
     results: Sequence[Result],
     facts: Sequence[str],
+    growing: Sequence[str],
     server: servers.Server,
 ) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     depth = next(result for result in results if result.name == audit.DEPTH)
+    growing_ = "\n".join(growing)
     facts_ = "\n".join(f"- {fact}" for fact in facts)
     return f"""# Results
 
@@ -164,7 +186,8 @@ def report(
 Each row compares tiger_db with what a user of SQLModel writes by hand for the same work:
 [bare.py](bare.py) and [processes.py](processes.py) have this code. It has no validation,
 decryption, change tracking, audit events and typed errors. The times are microseconds per
-operation: the median of {ROUNDS} rounds, in which both sides take turns.
+operation: the median of {ROUNDS} rounds, in which both sides take turns. The garbage collector
+ignores the objects that the process has before a row is measured (`gc.freeze`).
 
 | work | tiger_db | SQLModel | ratio |
 |---|---:|---:|---:|
@@ -188,6 +211,14 @@ With tiger_db, page {audit.ROWS // audit.PAGE:,} takes {depth.ratio:.2f} times a
 
 {facts_}
 
+## Growth of the audit trail
+
+The events are spread over twelve months. A day has fewer security events than a page.
+`make bench SIZES=10000000` adds a row with ten million events, for which the disk needs 10 GB.
+
+{growth.HEADER}
+{growing_}
+
 {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python \
 {platform.python_version()}, PostgreSQL {servers.version(server)} ({server.kind}); {versions}.
 This page was written by `make bench`.
@@ -203,7 +234,9 @@ def main() -> None:
     try:
         bare_results = asyncio.run(compared_with_bare(server))
         results, facts = asyncio.run(run(server))
-        text = report(bare_results, results, facts, server) + trail.section()
+        sizes = [*growth.SIZES, *map(int, sys.argv[1:])]
+        growing = asyncio.run(growth_rows(server, sizes))
+        text = report(bare_results, results, facts, growing, server) + trail.section()
         Path(__file__).with_name("RESULTS.md").write_text(text, encoding="utf-8")
     finally:
         server.stop()

@@ -108,8 +108,8 @@ async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> lis
     ]
 
 
-async def fill(database: Database) -> None:
-    """Insert a million events, spread over the last twelve months."""
+async def fill(database: Database, rows: int = ROWS) -> None:
+    """Insert events, spread over the last twelve months."""
     connection = await connect(database.settings)
     try:
         await connection.execute("SET statement_timeout = 0")
@@ -118,7 +118,7 @@ async def fill(database: Database) -> None:
                 "SELECT make_audit_partition(date_trunc('month', now() AT TIME ZONE 'UTC')"
                 f" - make_interval(months => {ago}))"
             )
-        await connection.execute(FILL, ROWS, MONTHS, timeout=3600)
+        await connection.execute(FILL, rows, MONTHS, timeout=3600)
         await connection.execute("VACUUM ANALYZE audit_logs", timeout=3600)
     finally:
         await connection.close()

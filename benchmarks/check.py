@@ -26,6 +26,8 @@ def main() -> None:
         results = asyncio.run(compared_with_bare(server))
     finally:
         server.stop()
+    if missing := [result.name for result in results if result.name not in committed]:
+        sys.exit(f"RESULTS.md lacks {', '.join(missing)}: run `make bench`")
     worse = [result for result in results if result.ratio > committed[result.name] * TOLERANCE]
     for result in worse:
         before = committed[result.name]

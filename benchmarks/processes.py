@@ -81,7 +81,8 @@ def command_work() -> Iterator[Work]:
                 _run(["-m", "tiger_db", "create-account", *account, *secrets], environment)
             settings = Settings(tiger_db_home=Path(home))
             arguments = embedded.start(settings).connect_args(settings)
-            given = {name: arguments[name] for name in ("host", "user", "password", "database")}
+            given = {name: arguments[name] for name in ("host", "user", "database")}
+            given["password"] = arguments["password"].get_secret_value()
             yield Work(
                 LIST,
                 _process(["-m", "tiger_db", "list-accounts"], environment),

@@ -1,5 +1,6 @@
 """Comparison of two operations: one of tiger_db, and one with plain asyncpg or other work."""
 
+import gc
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -32,6 +33,9 @@ class Result:
 
 
 async def measure(work: Work) -> Result:
+    # Otherwise, the garbage collector would visit all modules in some rounds.
+    gc.collect()
+    gc.freeze()
     await _round(work.ours, work.times)
     await _round(work.plain, work.times)
     rounds = [
