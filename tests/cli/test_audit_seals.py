@@ -69,8 +69,8 @@ def test_events_are_sealed_and_verified(sealed: CommandLine, clone_settings: Set
         "chain", "signatures", "checkpoint folder", "checkpoint given",
     ]  # fmt: skip
     assert verified == {
-        "sound": True, "seals": 2, "rows": 14, "retired": 0, "unsealed": 0, "count": 0,
-        "findings": [], "warnings": [],
+        "sound": True, "seals": 2, "rows": 14, "archived": 0, "retired": 0, "unsealed": 0,
+        "count": 0, "findings": [], "warnings": [],
     }  # fmt: skip
     run_sql(
         clone_settings,
@@ -286,3 +286,21 @@ def test_sealing_goes_on_after_a_restore(
     assert said[0].startswith("seal 2 records that a restore has lost the seals from 1 to 1,")
     assert said[-1] == "sealed 1 event in 1 seal"
     assert "lost by a restore" in sealed.ok("verify-audit").out
+
+
+@pytest.mark.slow
+def test_a_month_is_archived_and_verified(
+    cli: CommandLine, clone_settings: Settings, tmp_path: Path
+) -> None:
+    folder = {"AUDIT_ARCHIVE": str(tmp_path)}
+    assert "AUDIT_ARCHIVE is not set" in cli.fails("archive-audit", "--month", "2020-01")
+    assert "form 2026-01" in cli.fails("archive-audit", "--month", "January", **folder)
+    done = cli.ok("archive-audit", "--month", "2020-01", **folder)
+    assert done.err == "archived 0 events of 2020-01\n"
+    done = cli.ok("verify-audit", "--archive", **folder | cli_key())
+    assert "of which 0 are in the archive" in done.err
+    assert f"archive: {tmp_path}: 0 signed files, 0 retired events" in done.err
+
+
+def cli_key() -> dict[str, str]:
+    return {"AUDIT_SIGNING_KEY": "A" * 43 + "="}

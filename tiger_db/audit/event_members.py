@@ -8,6 +8,7 @@ from tiger_db.audit.event_content import CONTENT_COLUMNS
 
 # A string, a bracket, or a number, boolean or null, in JSON.
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|[^\s"\[\]{},:]+')
+_decode = json.JSONDecoder().raw_decode
 _MEMBERS = [f'{"," if at else "{"}"{name}":' for at, name in enumerate(CONTENT_COLUMNS)]
 
 
@@ -37,7 +38,11 @@ def text_of(value: str | None) -> str | None:
 
 
 def _end_of_value(content: str, start: int) -> int:
-    """Return the end of the JSON value at `start`. Python's parser fails for deeply nested JSON."""
+    """Return the end of the JSON value at `start`."""
+    try:
+        return _decode(content, start)[1]
+    except (ValueError, RecursionError):
+        pass  # Python's parser fails for deeply nested JSON, and for integers of many digits.
     depth = 0
     for token in _TOKEN.finditer(content, start):
         depth += (token[0] in "[{") - (token[0] in "]}")
