@@ -31,6 +31,7 @@ REPLACED = ".replaced-"  # Prefix of the names of files of interrupted attempts.
 _NAME = re.compile(r"month=(\d{4}-\d\d)/(\w[\w-]*\.parquet)", re.ASCII)
 _ORIGIN = b"tiger_db.origin"  # Key of the origin of the audit trail in the metadata of a file.
 _CHUNK_BYTES = 2**20
+_SEALS_PER_BATCH = 20  # A seal can have 320 kB of digests.
 _BLOOM_FILTER = {"ndv": 1000, "fpp": 0.01}
 Row: TypeAlias = tuple[object, ...]
 
@@ -283,26 +284,28 @@ def origin_of(file: IO[bytes]) -> str | None:
 
 def read_events(file: IO[bytes]) -> Iterator[Event]:
     """Yield the position and the content of each event of a file."""
-    yield from _read(file, ("position", "content"))
+    yield from _read(file, ("position", "content"), ROWS_PER_GROUP // 4)
 
 
 def read_seals(file: IO[bytes]) -> Iterator[Seal]:
-    for number, statement, signature, digests in _read(file, tuple(seal_schema("").names)):
+    for number, statement, signature, digests in _read(
+        file, tuple(seal_schema("").names), _SEALS_PER_BATCH
+    ):
         yield Seal(statement, signature, digests, number)
 
 
-def _read(file: IO[bytes], columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+def _read(file: IO[bytes], columns: tuple[str, ...], batch: int) -> Iterator[tuple[Any, ...]]:
     parquet_file = _open_parquet(file)
     if missing := {*columns} - {*parquet_file.schema_arrow.names}:
         raise InvalidValue(f"the file has no column {min(missing)}")
-    for batch in parquet_file.iter_batches(ROWS_PER_GROUP // 4, columns=list(columns)):
-        yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+    for rows in parquet_file.iter_batches(batch, columns=list(columns)):
+        yield from zip(*(rows.column(name).to_pylist() for name in columns), strict=True)
 
 
 def _open_parquet(file: IO[bytes]) -> Any:  # noqa: ANN401  # pyarrow has no types
     pyarrow = _import_pyarrow()
     file.seek(0)
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=False)
     except pyarrow.ArrowException as error:
         raise InvalidValue("the file is not a Parquet file") from error
