@@ -7,12 +7,13 @@ from tiger_db.audit.exporting import export, export_checkpoint
 from tiger_db.audit.following import follow
 from tiger_db.audit.restoring import RecordedRestore, record_restore
 from tiger_db.audit.retention import Maintenance, maintain
-from tiger_db.audit.seal_format import Seal, SealPayload
+from tiger_db.audit.seal_format import ArchivedFile, Seal, SealPayload
 from tiger_db.audit.sealer import required_key
 from tiger_db.audit.sealing import Sealing, change_signing_key, repair_sequence, seal
 from tiger_db.audit.verifying import Verification, verify, verify_export
 
 __all__ = [
+    "ArchivedFile",
     "ArchivedMonth",
     "AuditFinding",
     "FindingKind",
