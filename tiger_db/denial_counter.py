@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
@@ -87,8 +88,10 @@ class DenialCounter:
         return hashlib.blake2b(raw_key.encode(), digest_size=16, key=self._digest_key).digest()
 
     @asynccontextmanager
-    async def admit(self, digest: bytes, *, wait: bool) -> AsyncIterator[None]:
+    async def admit(self, digest: bytes, *, wait: bool) -> AsyncIterator[bool]:
         """Run a code block that authorizes an API key with this digest.
+
+        The value is whether the call had to wait.
 
         If `wait` is true, the calls with keys that no earlier call has accepted run one after
         another in a flood of denials. Therefore, they do not slow down the other calls. There is a
@@ -97,10 +100,14 @@ class DenialCounter:
         is_flood = max(self._denials, self._earlier_denials) >= FLOOD_DENIALS
         must_wait = wait and is_flood and digest not in self._accepted
         async with self._turn if must_wait else nullcontext():
+            started = time.monotonic()
             try:
-                yield
+                yield must_wait
             except AccessDenied:
                 self._accepted.pop(digest, None)
+                if must_wait:
+                    # The other calls have the processor for as long as this call has taken.
+                    await asyncio.sleep(time.monotonic() - started)
                 raise
         self._accepted[digest] = None
         self._accepted.move_to_end(digest)
