@@ -11,6 +11,7 @@ from tiger_db.connections.passfile import find_password
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import generate_key
 from tiger_db.keys_in_force import API_KEY_PEPPERS, AUDIT_SIGNING_KEY, ENCRYPTION_KEYS, configured
+from tiger_db.models.event_sanitizer import _Sanitizer, bounded_json
 from tiger_db.redaction import redact_known
 from tiger_db.signing import generate_signing_key
 
@@ -46,6 +47,40 @@ async def test_the_trail_keeps_ordinary_texts(session: AsyncSession) -> None:
             session, action=AuditAction.SYSTEM_START, details={"said": told}, error_message=told
         )
         assert (event.details, event.error_message) == ({"said": told}, told)
+
+
+def test_a_secret_at_the_place_where_a_text_is_cut_is_masked() -> None:
+    """A text is cut before it is masked, and a mask is shorter than a secret."""
+    limit, secret = 3_000, "https://u:hunter2hunter2hunter2@h"
+    shrinking = f"https://u:{'p' * 300}@h " * 22  # 6,886 characters, much fewer when masked
+    for size in range(60, 120):  # the first 7,000 characters are masked
+        for told in (shrinking + "y" * size, "y" * (limit - size), "y" * (limit + 4_000 - size)):
+            shown = _Sanitizer().fit(f"{told} {secret} {'z' * 9_000}", None, limit)
+            assert len(shown) <= limit
+            assert "u:h" not in shown
+
+
+@pytest.mark.parametrize("texts", [1, 4, 40])
+def test_masking_looks_at_few_characters_of_a_large_tool_call(
+    texts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masking of all arguments of a body of 4 MiB stops the event loop for seconds."""
+    looked_at = 0
+
+    def counted(said: str) -> str:
+        nonlocal looked_at
+        looked_at += len(said)
+        return redact_known(said)
+
+    monkeypatch.setattr(_Sanitizer.fit, "__defaults__", (counted,))
+    arguments = {f"a{n}": "http://a:b@h " * (300_000 // texts) for n in range(texts)}
+    details = bounded_json(arguments, "arguments", 50_000)
+    assert looked_at < 150_000
+    assert len(str(details)) < 60_000
+    assert "a:b" not in str(details)
+    notes = details["_made_safe"]
+    assert isinstance(notes, dict)
+    assert "cut from" in str(notes)
 
 
 def test_the_own_secrets_of_the_process_are_masked(tmp_path: Path) -> None:

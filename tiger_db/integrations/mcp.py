@@ -32,6 +32,7 @@ from tiger_db.integrations.http import (
 )
 from tiger_db.key_verifier import KeyVerifier
 from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditResult
+from tiger_db.models.event_sanitizer import bounded_json
 
 try:
     from mcp.server import MCPServer
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = ["APIKeyMiddleware", "record_tool_calls", "require_api_key"]
 T = TypeVar("T")
 _logger = logging.getLogger("tiger_db")
+_MAX_ARGUMENT_CHARACTERS = 50_000  # of a tool call, in its audit events
 _MAX_ID_CHARACTERS = 100  # maximum length of a message id that an answer repeats
 # Requests that run no code of the application. All others are uses of the API key.
 _FREE_METHODS = {
@@ -353,7 +355,7 @@ async def _record(
             resource_id=name,
             api_key_id=key.id if key is not None else None,
             tiger_account_id=key.tiger_account_id if key is not None else None,
-            details={"arguments": arguments},
+            details=bounded_json(arguments, "arguments", _MAX_ARGUMENT_CHARACTERS),
         ) as outcome:
             try:
                 result = await call()

@@ -38,6 +38,9 @@ _ELLIPSIS = "…"
 _MAX_DEPTH = 32
 _MAX_VALUES = 10_000
 _MAX_CHARACTERS = 1_000_000
+# A text that is cut before it is masked can end inside a secret, which masking does not recognize.
+# Therefore, the last characters of the masked text are not stored.
+_MAX_SECRET = 2_000
 # Limits of one value: length of a text in characters, and size of an integer in bits
 _MAX_TEXT = 100_000
 _MAX_BITS = 1000
@@ -52,6 +55,17 @@ _KEY_PREFIX = re.compile(r"tdb_(?:live|test)_[0-9A-Za-z]{12}")
 _MORE = re.compile(r"and (\d{1,9}) more")
 
 Path = tuple["Path", str] | None  # linked list of the names from a nested value up to its field
+
+
+def bounded_json(value: object, name: str, characters: int) -> dict[str, object]:
+    """Return `details` with a value of at most about `characters` characters under a name.
+
+    Secrets are masked. Notes in `details` name the values that were cut. The function looks only at
+    the characters that it returns, so that a large value does not occupy the processor.
+    """
+    sanitizer = _Sanitizer(characters)
+    details: dict[str, object] = {name: sanitizer.json(value, ((None, "details"), name), 1)}
+    return details | ({NOTES: sanitizer.merged_notes({})} if sanitizer.notes else {})
 
 
 def sanitize_event(
@@ -91,11 +105,11 @@ def sanitize_event(
 class _Sanitizer:
     """A converter for the values of one audit event, which collects notes on the conversions."""
 
-    def __init__(self) -> None:
+    def __init__(self, characters: int = _MAX_CHARACTERS) -> None:
         self.notes: dict[str, str] = {}
         self.notes_left_out = 0
         self.values_left = _MAX_VALUES
-        self.characters_left = _MAX_CHARACTERS
+        self.characters = self.characters_left = characters
 
     # Converters of fields that do not contain JSON
 
@@ -302,7 +316,7 @@ class _Sanitizer:
         while path is not None and path[0] is not None:
             path = path[0]
         limit = (
-            f"{_MAX_VALUES} values" if self.values_left <= 0 else f"{_MAX_CHARACTERS} characters"
+            f"{_MAX_VALUES} values" if self.values_left <= 0 else f"{self.characters} characters"
         )
         if limit not in self.notes.get(path[1] if path else "", ""):
             # If there are `_MAX_NOTES` notes, the note on the size limit replaces the last note.
@@ -322,15 +336,21 @@ class _Sanitizer:
     def fit(
         self, text: str, path: Path, limit: int, mask: Callable[[str], str] = redact_known
     ) -> str:
-        """Replace unstorable characters, mask secrets, and cut the text to `limit` characters."""
-        result = text[:_MAX_CHARACTERS]
+        """Replace unstorable characters, mask secrets, and cut the text to `limit` characters.
+
+        Masking takes a second for a million characters, so only the start of a long text is masked.
+        """
+        result = text[: limit + 2 * _MAX_SECRET]
+        is_whole = len(result) == len(text)
         if not result.isascii() or "\0" in result:
             stored = _UNSTORABLE.sub("\ufffd", result)
             if stored != result:
                 result = stored
                 self.note(path, "unstorable characters")
         result = mask(result)
-        if len(result) <= limit and len(text) <= _MAX_CHARACTERS:
+        if not is_whole:
+            result = result[:-_MAX_SECRET]
+        if len(result) <= limit and is_whole:
             return result
         self.note(path, f"cut from {len(text)} characters")
         # Cut the text at a place that is not inside a mask.
