@@ -256,7 +256,7 @@ async def test_no_grant_restricts_an_owner(clone_settings: Settings) -> None:
         await grant(clone_settings, str(owner), RoleKind.APP)
     async with new_role(clone_settings) as role:
         await sql(clone_settings, f"ALTER TABLE audit_logs OWNER TO {role}", "SELECT 1")
-        with pytest.raises(InvalidValue, match="is a member of the owner of the tables"):
+        with pytest.raises(InvalidValue, match="owns the database, the schema or objects"):
             await grant(clone_settings, role, RoleKind.APP)
         await sql(clone_settings, "ALTER TABLE audit_logs OWNER TO CURRENT_USER", "SELECT 1")
     with pytest.raises(NotFound, match="CREATE ROLE"):
@@ -311,19 +311,37 @@ WEAKENED = {
         'the app role {app} has DELETE on the table audit_logs_default: REVOKE {other} FROM "',
         "the role {other} has DELETE on the table audit_logs_default: run ",
     ],
+    "GRANT UPDATE ON trading_pauses TO {other}; GRANT CREATE ON SCHEMA public TO {other};"
+    " ALTER ROLE {app} NOINHERIT; GRANT {other} TO {app}": [
+        'the app role {app} has CREATE on the schema: REVOKE {other} FROM "'
+    ],
+    "GRANT SELECT ON api_keys TO {app} WITH GRANT OPTION": [
+        "the app role {app} may grant SELECT on the table api_keys: run `tiger-db grant"
+    ],
+    "ALTER ROLE {app} NOINHERIT; GRANT pg_execute_server_program TO {other};"
+    " GRANT {other} TO {app}": [
+        "the app role {app} can do what a superuser can do, as a member of pg_execute_server_"
+    ],
+    "ALTER SCHEMA public OWNER TO {app}": [
+        "the app role {app} owns the database, the schema or objects of tiger_db, or is a member "
+    ],
+    "GRANT SET ON PARAMETER session_replication_role TO {other};"
+    " ALTER ROLE {app} NOINHERIT; GRANT {other} TO {app}": [
+        "the app role {app} may disable triggers: "
+    ],
     "GRANT INSERT ON audit_logs TO {other}": [
         "the role {other} has INSERT on the table audit_logs: run "
     ],
     "GRANT SELECT ON audit_logs TO {other}; GRANT INSERT (id, action) ON audit_logs TO {other}": [],
     "GRANT {owner} TO {app}": [
-        "the app role {app} owns tables of tiger_db, or is a member of their owner ({owner}): "
+        "the app role {app} can do what a superuser can do, as a member of "
     ],
     "ALTER ROLE {app} SUPERUSER": ["the app role {app} is a superuser: "],
     "GRANT SET ON PARAMETER session_replication_role TO {app}": [
         "the app role {app} may disable triggers: "
     ],
     "ALTER TABLE audit_seals OWNER TO {app}": [
-        "the app role {app} owns tables of tiger_db, or is a member of their owner ({app}): "
+        "the app role {app} owns the database, the schema or objects of tiger_db, or is a member "
     ],
     "INSERT INTO granted_roles VALUES ('gone', 'auditor')": [
         "the auditor role gone does not exist: create the role, or run `tiger-db revoke-grants"

@@ -102,18 +102,25 @@ WITH objects AS (
 )
 """
 _SELECT_OBJECTS = text(f"{_OBJECTS} SELECT * FROM objects ORDER BY type, name")  # noqa: S608  # constants
-# Grants do not restrict a superuser, an owner of an object, or a role that can become an owner.
+# Grants do not restrict a superuser, an owner, or a role that can become one of them. Three
+# predefined roles reach the files of the server, and so do everything.
 _UNRESTRICTED = text(f"""
 {_OBJECTS}
-SELECT r.rolname::text AS role, r.rolsuper AS super,
+SELECT r.rolname::text AS role,
+    ARRAY(SELECT rolname::text FROM pg_roles
+        WHERE pg_has_role(r.oid, oid, 'MEMBER') AND (oid = r.oid OR NOT r.rolsuper)
+            AND (rolsuper OR rolname IN ('pg_execute_server_program', 'pg_read_server_files',
+                'pg_write_server_files')) ORDER BY 1) AS superusers,
     ARRAY(SELECT DISTINCT quote_ident(pg_get_userbyid(owner)) FROM objects
-        WHERE type NOT IN ('SCHEMA', 'DATABASE') AND pg_has_role(r.oid, owner, 'MEMBER')) AS owners,
-    has_parameter_privilege(r.oid, 'session_replication_role', 'SET') AS disables_triggers
+        WHERE pg_has_role(r.oid, owner, 'MEMBER') AND pg_get_userbyid(owner) <> 'pg_database_owner'
+        ORDER BY 1) AS owners,
+    EXISTS (SELECT FROM pg_roles WHERE pg_has_role(r.oid, oid, 'MEMBER')
+        AND has_parameter_privilege(oid, 'session_replication_role', 'SET')) AS disables_triggers
 FROM pg_roles AS r WHERE r.rolname = ANY (CAST(:roles AS text[])) ORDER BY 1
 """)  # noqa: S608  # constants
-# Each privilege that a role has. `columns` are the columns for which the role has the privilege.
-# `sources` are those to whom the privilege is granted: the role itself (an empty text), PUBLIC, or
-# roles of which the role is a member.
+# Each privilege that a role has itself (`own`, for the `columns`), or with SET ROLE (for the
+# columns `reachable`). `sources` are those to whom the privilege is granted: the role itself (an
+# empty text), PUBLIC, or roles of which the role is a member.
 _EFFECTIVE = text(f"""
 {_OBJECTS}, privileges (type, privilege, of_columns) AS (VALUES
     ('DATABASE', 'CONNECT', false), ('DATABASE', 'CREATE', false),
@@ -123,31 +130,47 @@ _EFFECTIVE = text(f"""
     ('TABLE', 'TRIGGER', false),
     ('SEQUENCE', 'USAGE', false), ('SEQUENCE', 'SELECT', false), ('SEQUENCE', 'UPDATE', false),
     ('FUNCTION', 'EXECUTE', false)
+), members AS (
+    SELECT r.oid AS role_id, r.rolname::text AS role, m.oid AS member_of
+    FROM pg_roles AS r JOIN pg_roles AS m ON pg_has_role(r.oid, m.oid, 'MEMBER')
+    WHERE r.rolname = ANY (CAST(:roles AS text[]))
 ), held AS (
-    SELECT r.oid AS role_id, r.rolname::text AS role, o.*, privilege, of_columns
+    SELECT r.oid AS role_id, r.rolname::text AS role, o.*, privilege, of_columns, holders
     FROM pg_roles AS r CROSS JOIN objects AS o JOIN privileges USING (type)
-    WHERE r.rolname = ANY (CAST(:roles AS text[])) AND CASE type
-        WHEN 'DATABASE' THEN has_database_privilege(r.oid, o.oid, privilege)
-        WHEN 'SCHEMA' THEN has_schema_privilege(r.oid, o.oid, privilege)
-        WHEN 'SEQUENCE' THEN has_sequence_privilege(r.oid, o.oid, privilege)
-        WHEN 'FUNCTION' THEN has_function_privilege(r.oid, o.oid, privilege)
-        ELSE CASE WHEN of_columns THEN has_any_column_privilege(r.oid, o.oid, privilege)
-            ELSE has_table_privilege(r.oid, o.oid, privilege) END END
+    CROSS JOIN LATERAL (SELECT ARRAY(SELECT member_of FROM members
+        WHERE role_id = r.oid AND CASE type
+            WHEN 'DATABASE' THEN has_database_privilege(member_of, o.oid, privilege)
+            WHEN 'SCHEMA' THEN has_schema_privilege(member_of, o.oid, privilege)
+            WHEN 'SEQUENCE' THEN has_sequence_privilege(member_of, o.oid, privilege)
+            WHEN 'FUNCTION' THEN has_function_privilege(member_of, o.oid, privilege)
+            ELSE CASE WHEN of_columns THEN has_any_column_privilege(member_of, o.oid, privilege)
+                ELSE has_table_privilege(member_of, o.oid, privilege) END END) AS holders) AS found
+    WHERE r.rolname = ANY (CAST(:roles AS text[])) AND cardinality(holders) > 0
 )
-SELECT role, type, name, ident, privilege, ARRAY(SELECT attname::text FROM pg_attribute
+SELECT role, type, name, ident, privilege, role_id = ANY (holders) AS own,
+    ARRAY(SELECT attname::text FROM pg_attribute
         WHERE of_columns AND attrelid = held.oid AND attnum > 0 AND NOT attisdropped) AS every,
     ARRAY(SELECT attname::text FROM pg_attribute
         WHERE of_columns AND attrelid = held.oid AND attnum > 0 AND NOT attisdropped
             AND has_column_privilege(role_id, attrelid, attnum, privilege)) AS columns,
-    ARRAY(SELECT DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' WHEN role_id THEN ''
-            ELSE quote_ident(pg_get_userbyid(grantee)) END
-        FROM (SELECT acl UNION ALL
-            SELECT attacl FROM pg_attribute WHERE type = 'TABLE' AND attrelid = held.oid) AS acls,
-            aclexplode(acl)
-        WHERE privilege_type = privilege
-            AND CASE grantee WHEN 0 THEN true ELSE pg_has_role(role_id, grantee, 'MEMBER') END
-    ) AS sources
-FROM held ORDER BY role, type, name, privilege
+    ARRAY(SELECT attname::text FROM pg_attribute
+        WHERE of_columns AND attrelid = held.oid AND attnum > 0 AND NOT attisdropped
+            AND EXISTS (SELECT FROM unnest(holders) AS holder
+                WHERE has_column_privilege(holder, attrelid, attnum, privilege))) AS reachable,
+    ARRAY(SELECT CASE grantee WHEN 0 THEN 'PUBLIC' WHEN role_id THEN ''
+            ELSE quote_ident(pg_get_userbyid(grantee)) END FROM unnest(grantees) AS grantee
+        UNION SELECT rolname::text FROM pg_roles -- predefined roles have privileges without grants
+        WHERE oid = ANY (holders) AND oid <> role_id AND starts_with(rolname, 'pg_')) AS sources,
+    grantable
+FROM held CROSS JOIN LATERAL (
+    SELECT array_agg(grantee) AS grantees, coalesce(bool_or(is_grantable), false) AS grantable
+    FROM (SELECT acl UNION ALL
+        SELECT attacl FROM pg_attribute WHERE type = 'TABLE' AND attrelid = held.oid) AS acls,
+        aclexplode(acl)
+    WHERE privilege_type = privilege
+        AND CASE grantee WHEN 0 THEN true ELSE pg_has_role(role_id, grantee, 'MEMBER') END
+) AS granted
+ORDER BY role, type, name, privilege
 """)  # noqa: S608  # constants
 _SELECT_GRANTEES = text(f"""
 {_OBJECTS}
@@ -209,15 +232,17 @@ def revoke_statements(objects: Iterable[Row[Any]], role: str) -> list[str]:
         if found.type in idents:
             idents[found.type].append(found.ident)
     revoked_from = quote_identifier(role)
+    # CASCADE also revokes what the role has granted to others.
     return [
         *(
-            f"REVOKE ALL ON {t} {', '.join(names)} FROM {revoked_from}"
+            f"REVOKE ALL ON {t} {', '.join(names)} FROM {revoked_from} CASCADE"
             for t, names in idents.items()
         ),
         *(
-            f"REVOKE CREATE ON {found.type} {found.ident} FROM {revoked_from}"
+            f"REVOKE {privileges} ON {found.type} {found.ident} FROM {revoked_from} CASCADE"
             for found in objects
             if found.type in ("SCHEMA", "DATABASE")
+            for privileges in ("CREATE", "GRANT OPTION FOR ALL")
         ),
     ]
 
@@ -248,7 +273,7 @@ async def find_grant_differences(connection: AsyncConnection) -> list[SchemaDiff
     async with _catalog(connection) as values:
         everyone = {**values, "roles": [*roles]}
         found = (await connection.execute(_UNRESTRICTED, everyone)).all()
-        restricted = [row.role for row in found if not (row.super or row.owners)]
+        restricted = [row.role for row in found if not (row.superusers or row.owners)]
         held = (await connection.execute(_EFFECTIVE, {**values, "roles": restricted})).all()
         grantees = (await connection.execute(_SELECT_GRANTEES, everyone)).all()
     differences = [*_compare_roles(roles, found)]
@@ -256,6 +281,27 @@ async def find_grant_differences(connection: AsyncConnection) -> list[SchemaDiff
         rows = [row for row in held if row.role == role]
         differences += _compare_privileges(role, roles[role], rows)
     return [*differences, *_compare_grantees(grantees)]
+
+
+async def find_unrestricted(connection: AsyncConnection, role: str) -> Row[Any] | None:
+    """Return what `describe_unrestricted` describes, or None if the role does not exist."""
+    async with _catalog(connection) as values:
+        found = await connection.execute(_UNRESTRICTED, {**values, "roles": [role]})
+        return found.one_or_none()
+
+
+def describe_unrestricted(row: Row[Any]) -> str | None:
+    """Return why no grant restricts a role, or None."""
+    if row.superusers:
+        if row.role in row.superusers:
+            return "is a superuser"
+        return f"can do what a superuser can do, as a member of {', '.join(row.superusers)}"
+    if row.owners:
+        return (
+            "owns the database, the schema or objects of tiger_db, or is a member of their owner"
+            f" ({', '.join(row.owners)})"
+        )
+    return None
 
 
 def _compare_roles(
@@ -266,14 +312,14 @@ def _compare_roles(
     for row in found:
         missing.discard(row.role)
         role, title = quote_identifier(row.role), f"the {roles[row.role]} role {row.role}"
-        if row.super:
-            yield _difference(f"{title} is a superuser", f"ALTER ROLE {role} NOSUPERUSER")
-        elif row.owners:
-            owners = ", ".join(row.owners)
-            yield _difference(
-                f"{title} owns tables of tiger_db, or is a member of their owner ({owners})",
-                f"REVOKE {owners} FROM {role}, or change the owner",
-            )
+        if reason := describe_unrestricted(row):
+            repair = f"REVOKE {', '.join(row.owners)} FROM {role}, or change the owner"
+            if row.role in row.superusers:
+                repair = f"ALTER ROLE {role} NOSUPERUSER"
+            elif row.superusers:
+                groups = ", ".join(map(quote_identifier, row.superusers))
+                repair = f"REVOKE {groups} FROM {role}"
+            yield _difference(f"{title} {reason}", repair)
         elif row.disables_triggers:
             yield _difference(
                 f"{title} may disable triggers",
@@ -299,13 +345,17 @@ def _compare_privileges(
         every = {*row.every} or {""}  # a privilege on a whole object has one column without a name
         wanted = declared.pop((type_, row.name, row.privilege), None)
         expected = set() if wanted is None else {*wanted} or every
-        present = {*row.columns} or {""}
+        present = ({*row.columns} or {""}) if row.own else set()
         if lacking := expected - present:
             what = _of_columns(row.privilege, lacking, every)
             yield _difference(f"{title} lacks {what} on {_label(type_, row.name)}", again)
         # PostgreSQL lets PUBLIC execute functions, which have the privileges of their caller.
         # _compare_grantees() reports grants to PUBLIC on tables.
-        excess = present - expected
+        excess = ({*row.reachable} or {""}) - expected
+        if row.grantable and not excess:
+            yield _difference(
+                f"{title} may grant {row.privilege} on {_label(type_, row.name)}", again
+            )
         if not excess or type_ == "FUNCTION":
             continue
         if "PUBLIC" in row.sources and type_ in _COMPARED_FOR_ALL:
@@ -314,9 +364,10 @@ def _compare_privileges(
         repair = again
         if "PUBLIC" in row.sources:
             repair = f"REVOKE {row.privilege} ON {type_} {row.ident} FROM PUBLIC"
+        elif groups := [name for name in row.sources if name.startswith("pg_")]:
+            repair = f"REVOKE {', '.join(groups)} FROM {quote_identifier(role)}"
         elif "" not in row.sources:
-            groups = ", ".join(row.sources) or "pg_read_all_data or pg_write_all_data"
-            repair = f"REVOKE {groups} FROM {quote_identifier(role)}"
+            repair = f"REVOKE {', '.join(row.sources)} FROM {quote_identifier(role)}"
         yield _difference(f"{title} has {what} on {_label(type_, row.name)}", repair)
     for (type_, name, privilege), columns in declared.items():
         what = _of_columns(privilege, columns, ())

@@ -7,23 +7,21 @@ from tiger_db.errors import InvalidValue, NotFound, PrivilegeMissing
 from tiger_db.migrations import schema_state
 from tiger_db.migrations.grants import (
     LOCK_GRANTS,
+    describe_unrestricted,
     find_grant_differences,
     find_objects,
+    find_unrestricted,
     grant_statements,
     revoke_statements,
 )
 from tiger_db.models import RoleKind
 from tiger_db.settings import quote_identifier
 
-_REMEMBER = """
-INSERT INTO granted_roles (role, kind) VALUES ({role}, '{kind}')
-ON CONFLICT (role) DO UPDATE SET kind = excluded.kind
-"""
+_REMEMBER = (
+    "INSERT INTO {schema}.granted_roles (role, kind) VALUES ({role}, '{kind}')"
+    " ON CONFLICT (role) DO UPDATE SET kind = excluded.kind"
+)
 FORGET = "DELETE FROM granted_roles WHERE role = $1"
-_FIND_ROLE = text("""
-SELECT rolsuper AS super, pg_has_role(oid, (SELECT relowner FROM pg_class
-    WHERE oid = to_regclass('audit_logs')), 'MEMBER') AS owns FROM pg_roles WHERE rolname = :role
-""")
 # Whether a role owns an object of this database, or has a privilege on one beside the schema.
 _HAS_OTHER_GRANTS = text("""
 SELECT EXISTS (SELECT FROM pg_shdepend JOIN pg_roles AS r ON r.oid = refobjid
@@ -36,11 +34,12 @@ SELECT EXISTS (SELECT FROM pg_shdepend JOIN pg_roles AS r ON r.oid = refobjid
 async def grant(engine: AsyncEngine, role: str, kind: RoleKind) -> list[str]:
     """Give a role the privileges of its kind, and revoke its other privileges on tiger_db's tables.
 
+    What the role has granted to others is revoked, too.
     Later migrations grant the privileges on new tables to the role. Return a description of each
     privilege that the role still has in excess, for example because PUBLIC has it.
 
     Raises:
-        InvalidValue: the role is a superuser, or is a member of the owner of the tables.
+        InvalidValue: no grant restricts the role, or the role is predefined by PostgreSQL.
         NotFound: the role does not exist.
         PrivilegeMissing: the current role may not grant the privileges.
         SchemaMismatch: the schema does not fit this release.
@@ -77,20 +76,20 @@ async def grant_sql(engine: AsyncEngine, role: str, kind: RoleKind) -> str:
 async def statements_for(connection: AsyncConnection, role: str, kind: RoleKind) -> list[str]:
     """Return the statements of `grant`, and lock the grants until the end of the transaction."""
     (await schema_state(connection)).check()
-    found = (await connection.execute(_FIND_ROLE, {"role": role})).one_or_none()
+    found = await find_unrestricted(connection, role)
     if found is None:
         raise NotFound(
             f"there is no role {role}: create it with CREATE ROLE {quote_identifier(role)} LOGIN"
         )
-    if found.owns:
-        reason = "is a superuser" if found.super else "is a member of the owner of the tables"
+    if role.startswith("pg_"):
+        raise InvalidValue(f"the role {role} is predefined by PostgreSQL: create a role")
+    if reason := describe_unrestricted(found):
         raise InvalidValue(f"the role {role} {reason}, so that no grant restricts it")
     await connection.execute(LOCK_GRANTS)
     objects = await find_objects(connection)
     schema = next(found.ident for found in objects if found.type == "SCHEMA")
     literal = "'" + role.replace("'", "''") + "'"
-    remember = " ".join(_REMEMBER.format(role=literal, kind=kind).split())
-    remember = remember.replace("granted_roles", f"{schema}.granted_roles", 1)
+    remember = _REMEMBER.format(schema=schema, role=literal, kind=kind)
     return [remember, *grant_statements(objects, role, kind)]
 
 
@@ -110,7 +109,7 @@ async def revoke_grants(engine: AsyncEngine, role: str) -> None:
         await connection.execute(LOCK_GRANTS)
         if not (await connection.exec_driver_sql(FORGET, (role,))).rowcount:
             raise NotFound(f"`tiger-db grant` has not given the role {role} any privileges")
-        if (await connection.execute(_FIND_ROLE, {"role": role})).one_or_none() is None:
+        if await find_unrestricted(connection, role) is None:
             return
         objects = await find_objects(connection)
         for statement in revoke_statements(objects, role):
