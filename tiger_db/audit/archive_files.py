@@ -139,7 +139,8 @@ def open_archive(location: str) -> Archive:
         return Archive(location, root.rstrip("/"), filesystem, None)
     folder = Path(location).absolute()
     if not folder.is_dir():
-        raise FileError(f"the archive: the folder {location} does not exist")
+        problem = "is not a folder" if folder.exists() else "does not exist: create the folder"
+        raise FileError(f"the archive: {location} {problem}")
     return Archive(location, folder.as_posix(), pyarrow.fs.LocalFileSystem(), folder)
 
 

@@ -95,7 +95,7 @@ async def archive(
             of another audit trail.
     """
     if _MONTH.fullmatch(month) is None:
-        raise InvalidValue("the month must have the form 2026-01")
+        raise InvalidValue("the month must have the form YYYY-MM, such as 2026-01")
     files = await open_configured(database)
     async with storage.open_connection(database) as connection:
         if month >= f"{await storage.fetch_clock(connection):%Y-%m}":
@@ -112,7 +112,9 @@ async def open_configured(database: Database) -> Archive:
     """Open the archive in `AUDIT_ARCHIVE`."""
     location = database.settings.audit_archive
     if location is None:
-        raise ConfigurationError("AUDIT_ARCHIVE is not set")
+        raise ConfigurationError(
+            "AUDIT_ARCHIVE is not set: set it to a folder, or to a URL such as s3://bucket/prefix"
+        )
     return await asyncio.to_thread(open_archive, location)
 
 

@@ -230,7 +230,8 @@ class TrailVerifier:
     ) -> None:
         if not keys:
             raise ConfigurationError(
-                "there is no key to verify seals with: give a public key, or set AUDIT_SIGNING_KEY"
+                "there is no key to verify seals with: give a public key (`--public-key`), which"
+                " `tiger-db print-audit-public-key` prints, or set AUDIT_SIGNING_KEY"
             )
         self.database_time = "9"  # the text "9" sorts after every time in ISO 8601
         self._report = Verification()

@@ -46,6 +46,8 @@ def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one 
     match cause:
         case asyncpg.InvalidCatalogNameError():
             return None  # the message of DatabaseUnavailable already contains advice
+        case asyncpg.InsufficientPrivilegeError():
+            return "grant privileges to the role with `tiger-db grant`, or connect as another role"
         case asyncpg.InvalidAuthorizationSpecificationError() if "certificate" in str(cause):
             return "check DB_USER, DB_SSL_CERT and DB_SSL_KEY"
         case asyncpg.InvalidAuthorizationSpecificationError() if "encryption" in str(cause):
