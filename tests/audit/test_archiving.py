@@ -164,8 +164,9 @@ async def test_a_month_can_be_archived_by_hand_and_grow_afterwards(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("2026-13", "form 2026-01"),
-        ("26-1", "form 2026-01"),
+        ("2026-13", "form YYYY-MM"),
+        ("26-1", "form YYYY-MM"),
+        ("0000-01", "form YYYY-MM"),
         (month(0), "has not ended"),
         (month(-1), "has not ended"),
     ],
@@ -175,6 +176,21 @@ async def test_only_a_month_that_has_ended_is_archived(
 ) -> None:
     with pytest.raises(errors.InvalidValue, match=message):
         await audit.archive(database, given)
+
+
+async def test_events_in_the_default_partition_are_not_left_out(
+    database: Database, other: Connection
+) -> None:
+    await put(other, 14)
+    await audit.seal(database)
+    assert await audit.archive(database, month(15)) is None
+    assert await audit.archive(database, month(13)) is None
+    with pytest.raises(errors.InvalidState, match=r"no partition: run `tiger-db maintain-audit`"):
+        await audit.archive(database, month(14))
+    await other.fetchval("SELECT make_audit_months(0)")
+    archived = await audit.archive(database, month(14))
+    assert archived is not None
+    assert archived.events == 3
 
 
 @pytest.mark.slow
@@ -340,7 +356,7 @@ async def test_a_missing_folder_or_library_is_named(
 ) -> None:
     await put_old_months(database, other)
     os.rename(folder, folder.with_name("elsewhere"))  # noqa: PTH104  # not asynchronous
-    with pytest.raises(errors.FileError, match=r"the folder .* does not exist"):
+    with pytest.raises(errors.FileError, match="does not exist: create the folder"):
         await audit.maintain(database)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(errors.ConfigurationError, match="with the extra `archive`"):

@@ -35,7 +35,7 @@ def test_a_missing_or_malformed_signing_key_is_an_error(
     log(clone_settings, {})
     for command in ("print-audit-public-key", "seal-audit"):
         assert "AUDIT_SIGNING_KEY is not set: make a key with" in cli.fails(command)
-    assert "give a public key, or set AUDIT_SIGNING_KEY" in cli.fails("verify-audit")
+    assert "give a public key (`--public-key`)" in cli.fails("verify-audit")
     for key in ("hunter2", "A" * 40, "A" * 44 + "!"):
         reason = cli.fails("seal-audit", AUDIT_SIGNING_KEY=key)
         assert "base64 of 32 bytes" in reason

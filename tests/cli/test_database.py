@@ -86,7 +86,9 @@ def test_init_creates_what_is_missing(
     assert bare.ok("list-accounts", "--json").json["items"]
     assert bare.ok("health-check").err == ""
     bare.env["DATABASE_URL"] = url_of(server_url, new_database, nobody)
-    assert "permission denied for database" in bare.fails("current")
+    refusal = bare.fails("current")
+    assert "permission denied for database" in refusal
+    assert "`tiger-db grant`" in refusal
 
 
 @pytest.mark.slow

@@ -24,6 +24,11 @@ WITHOUT_DATABASE = {
     "generate-api-key-pepper", "generate-audit-signing-key", "print-audit-public-key",
     "generate-encryption-key",
 }  # fmt: skip
+EVENT_OF_AN_ENDED_MONTH = """
+INSERT INTO audit_logs (id, action, result, severity)
+VALUES (uuid7_floor('2025-02-02Z'), 'data:query', 'success', 'low')
+"""
+OF_THE_OWNER = ("--repair-sequence", "--after-restore")
 # The arguments of each command, in an order in which all commands succeed for a role that may use
 # all of them.
 CALLS = [
@@ -39,7 +44,8 @@ CALLS = [
     "sign-api-keys --yes", "rotate-api-key {prefix}", "revoke-api-key {prefix}",
     "delete-api-key {prefix} --yes", "pause --reason x", "resume",
     "list-events", "count-events", "export-events", "verify-audit", "export-checkpoint",
-    "seal-audit", "seal-audit --repair-sequence", "change-audit-signing-key --new-key {signing}",
+    "seal-audit", "seal-audit --repair-sequence", "seal-audit --after-restore",
+    "archive-audit --month 2025-02", "change-audit-signing-key --new-key {signing}",
     "list-refreshes", "watch-refreshes", "prune-refreshes", "run-refresh-worker --once",
     "refresh-token U2", "list-encryption-keys", "rotate-encryption-key",
     "close-account U1 --yes", "reopen-account U1 --private-key-file {pem}",
@@ -87,7 +93,12 @@ def test_a_role_may_use_the_commands_of_the_table(
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o600)
     values["config"] = config(tmp_path, {**REQUIRED, "account": "U7"})
-    bare.env = {**SECRETS, "AUDIT_SIGNING_KEY": generate_signing_key()}
+    folders = {name: str(tmp_path / name) for name in ("AUDIT_ARCHIVE", "AUDIT_CHECKPOINTS")}
+    for folder in folders.values():
+        Path(folder).mkdir()
+    bare.env = {**SECRETS, **folders, "AUDIT_SIGNING_KEY": generate_signing_key()}
+    run_sql(clone_settings, EVENT_OF_AN_ENDED_MONTH)
+    run_sql(clone_settings, "SELECT make_audit_months(0)")
     assert clone_settings.database_url is not None
     bare.ok("seal-audit", DATABASE_URL=clone_settings.database_url.get_secret_value())
     # A command that has nothing to do succeeds without privileges.
@@ -100,7 +111,7 @@ def test_a_role_may_use_the_commands_of_the_table(
         for call in CALLS:
             words = call.format(**values, role=role).split()
             result = bare(*words, DATABASE_URL=url.get_secret_value())
-            name = words[0] + " --repair-sequence" * ("--repair-sequence" in words)
+            name = " ".join(word for word in words if word in {words[0], *OF_THE_OWNER})
             allowed[name] = result.code == 0
             if name == "refresh-token" and result.code:  # the key of U2 is none
                 allowed[name] = "the private key is not an RSA key" in result.err

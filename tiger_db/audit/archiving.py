@@ -54,7 +54,7 @@ from tiger_db.public import Progress, no_progress, public
 ROWS_PER_FILE = 1_000_000
 _SEAL_BYTES_PER_GROUP = 8 * 2**20
 Runner: TypeAlias = Callable[..., Awaitable[Any]]  # Runs a function in another thread.
-_MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])", re.ASCII)
+_MONTH = re.compile(r"(?!0000)\d{4}-(0[1-9]|1[0-2])", re.ASCII)
 # One transaction at a time writes to the archive of a database.
 _TAKE_ARCHIVE_LOCK = f"SELECT pg_try_advisory_xact_lock({lock_key(0x7469676572_02)})"
 
@@ -91,8 +91,8 @@ async def archive(
         ConfigurationError: `AUDIT_ARCHIVE` is not set, or pyarrow is not installed.
         DatabaseUnavailable: Another session is writing to the archive.
         FileError: A file cannot be written or read back.
-        InvalidState: The events are not sealed or differ from the seals, or the archive has files
-            of another audit trail.
+        InvalidState: The events are not sealed or differ from the seals, or the month has no
+            partition, or the archive has files of another audit trail.
     """
     if _MONTH.fullmatch(month) is None:
         raise InvalidValue("the month must have the form YYYY-MM, such as 2026-01")

@@ -2,7 +2,8 @@
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 from tiger_db.audit import storage
 from tiger_db.audit.event_content import Event
@@ -34,6 +35,7 @@ SELECT statement, signature, digests, number FROM audit_seals
 WHERE number > 0 AND statement::jsonb ? text 'retired' ORDER BY number
 """
 _SELECT_POSITIONS = "SELECT position FROM audit_logs WHERE position BETWEEN $1 AND $2"
+_HAS_EVENTS = "SELECT EXISTS (SELECT FROM audit_logs WHERE id >= $1 AND id < $2)"
 _PREFETCHED_SEALS = 20
 
 
@@ -48,6 +50,11 @@ class ArchiveBusyError(CannotRetireError):
 def partition_of(month: str) -> str:
     """Return the name of the partition of a month such as `2026-01`."""
     return f"audit_logs_{month.replace('-', '_')}"
+
+
+def _first_id(at: datetime) -> UUID:
+    """Return the smallest UUIDv7 with a time."""
+    return UUID(int=max(0, int(at.timestamp() * 1000)) << 80)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +75,17 @@ async def find_sealed_month(
     `upto` is the last sealed position. All events must have been written before `written_before`.
 
     Raises:
-        CannotRetireError: The month has an event that is not sealed, or was written too late.
+        CannotRetireError: The month has an event that is not sealed, or was written too late, or
+            its events are in the default partition.
     """
     partition = partition_of(month)
     if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
+        start = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
+        ids = [_first_id(at) for at in (start, (start + timedelta(days=31)).replace(day=1))]
+        if await connection.fetchval(_HAS_EVENTS, *ids):
+            raise CannotRetireError(
+                "the month has no partition: run `tiger-db maintain-audit`, which makes it"
+            )
         return None
     first, last, written, count = await connection.fetchrow(
         f"SELECT min(position), max(position), max(created_at), count(*) FROM {partition}"  # noqa: S608  # the name of a month

@@ -289,8 +289,11 @@ def archive_audit(
     elif archived is not None:
         rows = [(name, rows, digest) for name, rows, digest in archived.files]
         output.show_table(("File", "Rows", "SHA-256"), rows)
-    count = 0 if archived is None else archived.events
-    output.print_message(f"archived {output.count_of(count, 'event')} of {month}")
+    output.print_message(
+        f"the database has no events of {month}"
+        if archived is None
+        else f"archived {output.count_of(archived.events, 'event')} of {month}"
+    )
 
 
 def _read(file: Path, parse: Callable[[str], T]) -> T:

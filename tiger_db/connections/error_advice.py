@@ -44,8 +44,6 @@ def explain(error: Exception) -> str | None:
 
 def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one return for each cause
     match cause:
-        case asyncpg.InvalidCatalogNameError():
-            return None  # the message of DatabaseUnavailable already contains advice
         case asyncpg.InsufficientPrivilegeError():
             return "grant privileges to the role with `tiger-db grant`, or connect as another role"
         case asyncpg.InvalidAuthorizationSpecificationError() if "certificate" in str(cause):
@@ -64,7 +62,7 @@ def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one 
             return "enable TLS on the server, or check DB_SSL_MODE"
         case OSError():  # TimeoutError is a subclass of OSError
             return "is the server running? Check DATABASE_URL, or DB_HOST and DB_PORT"
-    return None
+    return None  # The message of a missing database already contains advice.
 
 
 def _lacks_tls(error: BaseException | None) -> bool:
