@@ -54,8 +54,9 @@ def render_item(kind: str, item: object, context: "AutogenContext") -> str | Lit
         item = item.impl_instance
     if isinstance(item, Enum) and item.native_enum:
         return f"sa.Enum({', '.join(map(repr, item.enums))}, name={item.name!r})"
-    if isinstance(item, Json):
+    if isinstance(item, Json | List):
         context.imports.add("from sqlalchemy.dialects import postgresql")
+    if isinstance(item, Json):
         return "postgresql.JSONB()"
     if isinstance(item, List):
         array = ARRAY(item.item_type, dimensions=item.dimensions)
