@@ -105,6 +105,11 @@ class Archive:
             copy.seek(0)
             yield copy, digest.hexdigest()
 
+    def is_parquet(self, name: str) -> bool:
+        """Return whether a file is named like a Parquet file, or begins like one."""
+        with archive_errors(name), self.filesystem.open_input_stream(self._path(name)) as stream:
+            return name.endswith(".parquet") or stream.read(4) == b"PAR1"
+
     def digest(self, name: str) -> str:
         with self.read(name) as (_, digest):
             return digest
@@ -297,8 +302,14 @@ def read_seals(file: IO[bytes]) -> Iterator[Seal]:
 
 def _read(file: IO[bytes], columns: tuple[str, ...], batch: int) -> Iterator[tuple[Any, ...]]:
     parquet_file = _open_parquet(file)
-    if missing := {*columns} - {*parquet_file.schema_arrow.names}:
-        raise InvalidValue(f"the file has no column {min(missing)}")
+    declared = {field.name: field for field in (*event_schema(""), *seal_schema(""))}
+    for name in columns:
+        try:
+            found = parquet_file.schema_arrow.field(name)
+        except KeyError:  # the file has no such column, or several
+            raise InvalidValue(f"the file has no column {name}") from None
+        if not found.equals(declared[name]):
+            raise InvalidValue(f"the column {name} of the file has another type")
     for rows in parquet_file.iter_batches(batch, columns=list(columns)):
         yield from zip(*(rows.column(name).to_pylist() for name in columns), strict=True)
 

@@ -211,7 +211,7 @@ class _ArchiveVerifier:
                 self._report.leftovers.append(name)
             elif parse_name(name) is not None:
                 self.unsigned.append(name)
-            elif name.endswith(".parquet"):
+            elif self._archive.is_parquet(name):
                 self.find(name, "the file does not belong to the archive")
 
     def verify_month(self, payload: SealPayload) -> str | None:

@@ -1,0 +1,48 @@
+"""Files that an attacker with the archive, but without the signing key, adds to it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.audit.test_archive_verification import before, database, events, folder, other
+from tiger_db import Database, audit
+from tiger_db.audit import FindingKind
+
+__all__ = ["before", "database", "folder", "other"]  # fixtures
+pytestmark = pytest.mark.slow
+
+
+async def test_a_copy_that_engines_read(
+    database: Database, before: list[str], folder: Path
+) -> None:
+    """Engines read all files of a folder, whatever their names end with."""
+    source = events(folder, 14)
+    for copy in (source.parent / "extra", source.parent / "x.PARQUET", folder / "extra.parq"):
+        shutil.copy(source, copy)
+        report = await audit.verify(database, archive=True)
+        assert [(f.kind, f.message) for f in report.findings] == [
+            (
+                FindingKind.ARCHIVE,
+                f"{copy.relative_to(folder)}: the file does not belong to the archive",
+            )
+        ]
+        copy.unlink()
+    assert (await audit.verify(database, archive=True)).sound
+
+
+@pytest.mark.parametrize(
+    "values", [(["1"], ["x"]), ([None], ["x"]), ([7], [5]), ([{"a": 1}], ["x"])]
+)
+async def test_a_file_with_other_types_does_not_end_the_verification(
+    database: Database, before: list[str], folder: Path, values: tuple[list[Any], list[Any]]
+) -> None:
+    import pyarrow as pa  # noqa: PLC0415  # an extra
+    from pyarrow import parquet  # noqa: PLC0415
+
+    table = pa.table({"position": values[0], "content": values[1]})
+    name = events(folder, 14).with_name("events-7-9.parquet")
+    parquet.write_table(table.replace_schema_metadata({"tiger_db.origin": ""}), name)
+    (finding,) = (await audit.verify(database, archive=True)).findings
+    assert "of the file has another type" in finding.message
