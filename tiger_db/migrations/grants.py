@@ -77,7 +77,7 @@ _COMPARED_FOR_ALL = {"TABLE", "SEQUENCE"}
 _PARTITION = re.compile(r"audit_logs_\d{4}_\d{2}")
 _TRAIL = re.compile(r"audit_logs|audit_logs_(default|\d{4}_\d{2}|position_seq)|audit_seals")
 # Two transactions cannot change the grants on the same object at the same time.
-LOCK_GRANTS = text(f"SELECT pg_catalog.pg_advisory_xact_lock({lock_key(0x7469676572_02)})")
+LOCK_GRANTS = text(f"SELECT pg_catalog.pg_advisory_xact_lock({lock_key(0x7469676572_03)})")
 _ROLES = text("SELECT role, kind FROM granted_roles ORDER BY role")
 _OBJECTS = """
 WITH objects AS (
