@@ -84,11 +84,11 @@ def test_an_unexpected_error_is_one_line_without_values(
     create(cli, NUMBER, "--secret-key", "hunter2")
     run_sql(
         clone_settings,
-        "ALTER TYPE account_type ADD VALUE 'gold'",
-        "UPDATE tiger_accounts SET account_type = 'gold'",
+        "ALTER TABLE tiger_accounts ALTER environment DROP DEFAULT,"
+        " ALTER environment TYPE text[] USING '{PROD}'",
     )
     reason = cli.fails("list-accounts")
-    assert "unexpected LookupError" in reason
+    assert "unexpected TypeError" in reason
     assert "DB_DEBUG=1" in reason
     done = subprocess.run(
         [*COMMAND, "list-accounts"],

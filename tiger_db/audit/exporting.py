@@ -108,12 +108,16 @@ async def _lines(
 
 async def _whole_trail(database: Database, *, archive: bool) -> AsyncGenerator[Seal | Event, None]:
     files = await open_configured(database) if archive else None
-    async with storage.open_snapshot(database) as connection:
-        trail = storage.read_trail(connection)
+    async with (
+        storage.open_snapshot(database) as connection,
+        aclosing(storage.read_trail(connection)) as trail,
+    ):
+        items = trail
         if files is not None:
-            trail = merge_archived_events(trail, read_archived_events(connection, files))
-        async for item in trail:
-            yield item
+            items = merge_archived_events(trail, read_archived_events(connection, files))
+        async with aclosing(items):
+            async for item in items:
+                yield item
 
 
 async def _matching_events(

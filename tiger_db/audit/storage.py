@@ -154,7 +154,7 @@ def select_events_of(ids: Iterable[UUID]) -> str:
     )
 
 
-async def read_events(connection: Connection, query: str) -> AsyncIterator[Event]:
+async def read_events(connection: Connection, query: str) -> AsyncGenerator[Event, None]:
     """Yield the events of a query.
 
     COPY prints each value with the output function of the type. No function, cast or operator that
@@ -192,7 +192,7 @@ async def _copy(connection: Connection, query: str) -> AsyncGenerator[bytes, Non
         await asyncio.wait([task])
 
 
-async def read_trail(connection: Connection) -> AsyncIterator[Seal | Event]:
+async def read_trail(connection: Connection) -> AsyncGenerator[Seal | Event, None]:
     """Yield all events in order of position, and each seal before the events that it covers."""
     after, seals, count = _MIN_POSITION - 1, deque[tuple[Seal, int]](), 0
     async for row in connection.cursor(SELECT_SEALS, prefetch=_PREFETCHED_SEALS):
@@ -202,27 +202,31 @@ async def read_trail(connection: Connection) -> AsyncIterator[Seal | Event]:
         count += covered
         if count >= _EVENTS_PER_QUERY:
             upto = max(after, *(upto for _, upto in seals))
-            async for item in _merge(connection, seals, after, upto):
-                yield item
+            async with contextlib.aclosing(_merge(connection, seals, after, upto)) as items:
+                async for item in items:
+                    yield item
             after, count = upto, 0
-    async for item in _merge(connection, seals, after, _MAX_POSITION):
-        yield item
+    async with contextlib.aclosing(_merge(connection, seals, after, _MAX_POSITION)) as items:
+        async for item in items:
+            yield item
 
 
 async def _merge(
     connection: Connection, seals: deque[tuple[Seal, int]], after: int, upto: int
-) -> AsyncIterator[Seal | Event]:
+) -> AsyncGenerator[Seal | Event, None]:
     """Yield the seals, and the events at positions above `after` and up to `upto`.
 
     Each seal is yielded before the events that the seal covers, and is removed from `seals`.
     """
     covered = after
-    async for position, content in read_events(connection, select_events(after + 1, upto)):
-        while seals and position > covered:
-            seal, seal_upto = seals.popleft()
-            covered = max(covered, seal_upto)
-            yield seal
-        yield position, content
+    query = select_events(after + 1, upto)
+    async with contextlib.aclosing(read_events(connection, query)) as events:
+        async for position, content in events:
+            while seals and position > covered:
+                seal, seal_upto = seals.popleft()
+                covered = max(covered, seal_upto)
+                yield seal
+            yield position, content
     while seals:
         yield seals.popleft()[0]
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -102,10 +103,11 @@ async def verify(
     async with storage.open_snapshot(database) as connection:
         total = await connection.fetchval("SELECT max(position) FROM audit_logs") or 0
         verifier.database_time = await storage.database_time(connection)
-        async for item in storage.read_trail(connection):
-            verifier.add(item)
-            if not isinstance(item, Seal) and item[0] % _PROGRESS_POSITIONS == 0:
-                progress(item[0], total)
+        async with aclosing(storage.read_trail(connection)) as trail:
+            async for item in trail:
+                verifier.add(item)
+                if not isinstance(item, Seal) and item[0] % _PROGRESS_POSITIONS == 0:
+                    progress(item[0], total)
         progress(total, total)
         archived = None
         if files is not None:
