@@ -12,6 +12,8 @@ from tiger_db.migrations import roles
 from tiger_db.migrations.grants import find_grant_differences
 from tiger_db.models import RoleKind
 
+pytestmark = pytest.mark.slow
+
 BACKDATED = """
 INSERT INTO audit_logs (id, action, result, severity, position)
 VALUES (gen_random_uuid(), 'a:b', 'success', 'low', 1)

@@ -18,6 +18,8 @@ from tiger_db.audit.storage import Connection
 from tiger_db.errors import ConfigurationError, InvalidState
 from tiger_db.signing import public_text
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).parents[2] / "examples" / "verify_export.py"
 
 
