@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import logging.config
 import socket
 import traceback
 from collections.abc import Iterator
@@ -78,6 +79,16 @@ async def test_a_new_token(gateway: Gateway, caplog: pytest.LogCaptureFixture) -
     assert times is not None
     assert abs(times.generated_at - datetime.now(UTC)) < timedelta(seconds=5)
     assert new.access_token not in repr(new) + str(new)
+    assert_no_secret(gateway, caplog.text + repr(caplog.records))
+
+
+async def test_no_configuration_of_logging_shows_the_token(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    # uvicorn does this when it starts: it enables the loggers that its configuration does not name.
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+    caplog.set_level(logging.DEBUG)
+    await refresh_token(account_at(gateway))
     assert_no_secret(gateway, caplog.text + repr(caplog.records))
 
 

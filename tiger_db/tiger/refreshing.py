@@ -22,8 +22,10 @@ _OK, _SERVER_ERROR, _TIMEOUT, _FORBIDDEN, _LIMIT = 0, 1, 2, 4, 5
 _REFUSED = {1000, 4000}
 _HTTP_LIMIT, _HTTP_UNAUTHORIZED, _HTTP_SERVER_ERROR = 429, {401, 403}, 500
 _RATE_LIMIT_WINDOW = timedelta(seconds=60)  # period in which Tiger's rate limit counts requests
-_disabled_logger = logging.getLogger("tiger_db.tiger.sdk")
-_disabled_logger.disabled = True  # Tiger's SDK would log access tokens to this logger
+# Tiger's SDK would log access tokens to this logger. A logger of `logging.getLogger` would not stay
+# disabled: a configuration of logging, such as that of uvicorn, enables all existing loggers.
+_disabled_logger = logging.Logger("tiger_db.tiger.sdk")  # noqa: LOG001  # the reason is above
+_disabled_logger.disabled = True
 
 
 @public
