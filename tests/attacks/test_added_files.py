@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.audit.test_archive_verification import before, database, events, folder, other
+from tests.support.archives import before, database, events, folder, other
 from tiger_db import Database, audit
 from tiger_db.audit import FindingKind
 

@@ -1,72 +1,31 @@
 """Verification of archive and database as one trail, and exports with the archived events."""
 
 import shutil
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.audit.test_independent_verifier import run as run_program
-from tests.support.archives import archive_settings, files_in, put_old_months
+from tests.support.archives import (
+    before,
+    database,
+    events,
+    files_in,
+    folder,
+    other,
+    replace_column,
+    rewrite,
+)
+from tests.support.independent_verifier import run
 from tests.support.months import month
 from tests.support.trail import events_of, exported
-from tiger_db import Database, Settings, audit
+from tiger_db import Database, audit
 from tiger_db.audit import FindingKind, archive_reading
 from tiger_db.audit.storage import Connection
-from tiger_db.connections import connect
 from tiger_db.errors import FileError, InvalidState
 from tiger_db.signing import public_text
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "archive").mkdir()
-    return tmp_path / "archive"
-
-
-@pytest.fixture
-async def database(clone_settings: Settings, folder: Path) -> AsyncIterator[Database]:
-    async with Database(archive_settings(clone_settings, str(folder))) as database:
-        yield database
-
-
-@pytest.fixture
-async def other(database: Database) -> AsyncIterator[Connection]:
-    """A connection of a superuser, for which triggers are disabled."""
-    connection = await connect(database.settings)
-    await connection.execute("SET session_replication_role = replica")
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
-async def before(database: Database, other: Connection) -> list[str]:
-    """The export before the months of the positions 1 to 3 and 4 to 6 leave."""
-    await put_old_months(database, other)
-    lines = await exported(database)
-    assert (await audit.maintain(database)).retired == [month(14), month(13)]
-    await audit.seal(database)
-    return lines
-
-
-def events(folder: Path, ago: int) -> Path:
-    (path,) = folder.glob(f"month={month(ago)}/events-*")
-    return path
-
-
-def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
-    """Replace the table in a file."""
-    from pyarrow import parquet  # noqa: PLC0415  # an extra
-
-    parquet.write_table(change(parquet.ParquetFile(path).read()), path)
-
-
-def replace_column(table: Any, name: str, values: list[Any]) -> Any:
-    import pyarrow as pa  # noqa: PLC0415
-
-    at = table.schema.get_field_index(name)
-    return table.set_column(at, table.schema.field(at), pa.array(values))
+__all__ = ["before", "database", "folder", "other"]  # fixtures
 
 
 def change_content(folder: Path) -> list[str]:
@@ -229,14 +188,14 @@ async def test_an_export_with_the_archive_is_the_whole_trail(
     found = await audit.verify_export(path, keys=[key])
     assert (found.findings, found.retired, found.unsealed) == ([], 6, 0)
     assert found.rows == len(events_of(lines))
-    said = run_program(lines, public_text(key), tmp_path)
+    said = run(lines, public_text(key), tmp_path)
     assert said.startswith("sound: 4 seals, "), said
     changed = [line.replace("data:query", "data:qu3ry") for line in lines]
     path.write_text("".join(changed), encoding="utf-8")
     found = await audit.verify_export(path, keys=[key])
     first, *_ = found.findings
     assert (first.kind, first.position) == (FindingKind.CHANGED, 1)
-    assert run_program(changed, public_text(key), tmp_path).startswith("refused: ")
+    assert run(changed, public_text(key), tmp_path).startswith("refused: ")
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,38 +14,22 @@ from uuid import UUID
 import pytest
 
 from tests.support import factories
-from tests.support.archives import archive_settings, files_in, put_old_months, retire_two_months
+from tests.support.archives import (
+    database,
+    files_in,
+    folder,
+    other,
+    put_old_months,
+    retire_two_months,
+)
 from tests.support.months import month, partition, put
 from tests.support.trail import FIELDS, fetch_seals
-from tiger_db import Database, Settings, audit, crud, errors
+from tiger_db import Database, audit, crud, errors
 from tiger_db.audit import archive_files, archiving
 from tiger_db.audit.event_content import CONTENT_COLUMNS
 from tiger_db.audit.storage import Connection, read_events, select_events
-from tiger_db.connections import connect
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "archive").mkdir()
-    return tmp_path / "archive"
-
-
-@pytest.fixture
-def keeping(clone_settings: Settings, folder: Path) -> Settings:
-    return archive_settings(clone_settings, str(folder))
-
-
-@pytest.fixture
-async def database(keeping: Settings) -> AsyncIterator[Database]:
-    async with Database(keeping) as database:
-        yield database
-
-
-@pytest.fixture
-async def other(keeping: Settings) -> AsyncIterator[Connection]:
-    connection = await connect(keeping)
-    yield connection
-    await connection.close()
+__all__ = ["database", "folder", "other"]  # fixtures
 
 
 def names(month: str, first: int, last: int) -> list[str]:
@@ -195,11 +179,13 @@ async def test_events_in_the_default_partition_are_not_left_out(
 
 @pytest.mark.slow
 async def test_retirements_without_an_archive_stay_valid(
-    database: Database, other: Connection, keeping: Settings
+    database: Database, other: Connection
 ) -> None:
     await put(other, 15)
     await put_old_months(database, other)
-    months = keeping.model_copy(update={"audit_archive": None, "audit_retention_months": 14})
+    months = database.settings.model_copy(
+        update={"audit_archive": None, "audit_retention_months": 14}
+    )
     async with Database(months) as without:
         assert (await audit.maintain(without)).retired == [month(15)]
         with pytest.raises(errors.ConfigurationError, match="AUDIT_ARCHIVE is not set"):
@@ -330,7 +316,7 @@ async def test_one_session_at_a_time_archives(database: Database, other: Connect
 
 @pytest.mark.slow
 async def test_an_archive_of_another_trail_is_refused(
-    database: Database, other: Connection, folder: Path, keeping: Settings
+    database: Database, other: Connection, folder: Path
 ) -> None:
     await put_old_months(database, other)
     await audit.archive(database, month(14))

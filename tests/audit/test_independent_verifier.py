@@ -2,7 +2,6 @@
 
 import ast
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,32 +9,13 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from tests.support.independent_verifier import PROGRAM, run
 from tests.support.trail import SEALS, Trail, events_of, exported, seals_of
 from tiger_db import audit
 from tiger_db.audit.seal_format import seal_from_json, seal_to_json
 from tiger_db.signing import public_text
 
-PROGRAM = Path(__file__).parents[2] / "examples" / "verify_export.py"
 Change = Callable[[list[str]], None]
-
-
-def run(lines: list[str], key: str, folder: Path, checkpoint: str | None = None) -> str:
-    """Return the output, or the message of the refusal after `refused: `."""
-    file, head = folder / "trail.jsonl", folder / "checkpoint.json"
-    file.write_text("".join(lines), encoding="utf-8")
-    arguments = [str(file), key]
-    if checkpoint is not None:
-        head.write_text(checkpoint, encoding="utf-8")
-        arguments.append(str(head))
-    done = subprocess.run(
-        [sys.executable, "-I", str(PROGRAM), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 0:
-        return done.stdout.strip()
-    return f"refused: {done.stderr.strip().splitlines()[-1]}"
 
 
 def test_the_program_is_short_and_needs_only_cryptography() -> None:

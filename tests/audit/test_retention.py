@@ -14,6 +14,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from tests.support import factories
+from tests.support.months import month, partition, put
 from tests.support.trail import stored_events
 from tests.support.waiting import until
 from tiger_db import Actor, AuditAction, AuditLog, Database, Settings, acting_as, audit, crud
@@ -28,13 +29,6 @@ from tiger_db.signing import generate_signing_key
 
 QUERY = AuditAction.DATA_QUERY
 KEPT = 12  # months
-# Events of a month as many months ago as asked, written then or, if asked, now.
-PUT = """
-INSERT INTO audit_logs (id, created_at, action, result, severity)
-SELECT uuid7_floor(t), CASE WHEN $3 THEN clock_timestamp() ELSE t END, 'data:query', 'success',
-    'low' FROM generate_series(1, $2) AS n, LATERAL (SELECT date_trunc('month', now(), 'UTC')
-    - make_interval(months => $1) + n * interval '1 second' + $4 * interval '1 minute') AS at (t)
-"""
 
 
 @pytest.fixture
@@ -75,22 +69,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiger_db.audit.retention._LOCK_ATTEMPTS", 2)
     monkeypatch.setattr("tiger_db.audit.retention._RETRY_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr("tiger_db.audit.retention._LOCK_TIMEOUT", "200ms")
-
-
-async def put(
-    connection: Connection, ago: int, count: int = 3, *, now: bool = False, minute: int = 0
-) -> None:
-    await connection.execute(PUT, ago, count, now, minute)
-
-
-def month(ago: int) -> str:
-    today = datetime.now(UTC)
-    months = today.year * 12 + today.month - 1 - ago
-    return f"{months // 12}-{months % 12 + 1:02}"
-
-
-def partition(ago: int) -> str:
-    return f"audit_logs_{month(ago).replace('-', '_')}"
 
 
 async def partitions(connection: Connection) -> dict[str, int]:
