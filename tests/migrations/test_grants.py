@@ -1,6 +1,7 @@
 """The privileges of each kind of role: their declaration, grants and comparison."""
 
 import re
+import shlex
 
 import asyncpg
 import pytest
@@ -21,6 +22,7 @@ from tiger_db.migrations.grants import (
 )
 from tiger_db.migrations.version_table import VERSION_TABLE
 from tiger_db.models import SECRET_COLUMNS, TABLES, RoleKind, metadata
+from tiger_db.settings import quote_identifier
 
 OBJECTS = """
 SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE' WHEN 'r' THEN 'TABLE' WHEN 'p' THEN 'TABLE'
@@ -284,6 +286,30 @@ async def test_a_grant_that_postgresql_only_warns_of_is_an_error(empty_database:
             assert await roles.grant(engine, role, RoleKind.APP) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("a", "a b"), ("a", "a lacks SELECT"), ('"', '" \'"')])
+async def test_roles_whose_names_begin_alike_are_told_apart(
+    clone_settings: Settings, names: tuple[str, str]
+) -> None:
+    """A grant warns of no other role, and a migration repairs both."""
+    short, long = names
+    quoted = [quote_identifier(name) for name in names]
+    await sql(clone_settings, *(f"CREATE ROLE {role}" for role in quoted), "SELECT 1")
+    try:
+        for name in names:
+            assert await grant(clone_settings, name, RoleKind.APP) == []
+        await sql(clone_settings, f"REVOKE SELECT ON audit_seals FROM {quoted[1]}", "SELECT 1")
+        assert await grant(clone_settings, short, RoleKind.APP) == []
+        (found,) = await differences(clone_settings)
+        assert found.endswith(f"run `tiger-db grant {shlex.quote(long)} --as app`")
+        async with maintenance_engine(clone_settings) as engine:
+            await upgrade(engine)
+        assert await differences(clone_settings) == []
+    finally:
+        for role in quoted:
+            await sql(clone_settings, f"DROP OWNED BY {role}", f"DROP ROLE {role}", "SELECT 1")
+
+
 WEAKENED = {
     "GRANT UPDATE, TRUNCATE ON audit_logs TO {app}": [
         "the app role {app} has TRUNCATE on the table audit_logs: run `tiger-db grant",
@@ -343,8 +369,11 @@ WEAKENED = {
     "ALTER TABLE audit_seals OWNER TO {app}": [
         "the app role {app} owns the database, the schema or objects of tiger_db, or is a member "
     ],
-    "INSERT INTO granted_roles VALUES ('gone', 'auditor')": [
-        "the auditor role gone does not exist: create the role, or run `tiger-db revoke-grants"
+    "INSERT INTO granted_roles VALUES ('a b', 'auditor')": [
+        "the auditor role a b does not exist: create the role, or run `tiger-db revoke-grants 'a b'"
+    ],
+    'CREATE ROLE "$x PUBLIC"; GRANT UPDATE ON audit_seals TO "$x PUBLIC"': [
+        "the role $x PUBLIC has UPDATE on the table audit_seals: run `tiger-db grant '$x PUBLIC'"
     ],
 }
 

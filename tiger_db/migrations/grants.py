@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from sqlalchemy import Row, text
@@ -175,7 +176,7 @@ ORDER BY role, type, name, privilege
 _SELECT_GRANTEES = text(f"""
 {_OBJECTS}
 SELECT DISTINCT type, name, ident, privilege_type AS privilege, attname::text AS "column",
-    CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END AS grantee
+    CASE WHEN grantee <> 0 THEN pg_get_userbyid(grantee)::text END AS grantee
 FROM (SELECT *, NULL::name AS attname FROM objects UNION ALL
     SELECT type, o.oid, name, ident, owner, attacl, attname
     FROM objects AS o JOIN pg_attribute ON attrelid = o.oid WHERE type = 'TABLE') AS acls,
@@ -252,18 +253,28 @@ def _quoted(item: tuple[str, Iterable[str]]) -> str:
     return f"{item[0]} ({columns})" if columns else item[0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantDifference(SchemaDifference):
+    """A difference between the privileges in a database and the declared ones."""
+
+    # Name of the granted role whose privileges differ, or None if another role, PUBLIC, or
+    # something else than a privilege is the problem.
+    role: str | None = None
+    lacks: bool = False  # True if the role lacks a declared privilege
+
+
 async def apply_grants(connection: AsyncConnection) -> None:
     """Grant the privileges of each role again that lacks some of them, or has other ones."""
     await connection.execute(LOCK_GRANTS)
-    repairs = {found.repair for found in await find_grant_differences(connection)}
+    differing = {found.role for found in await find_grant_differences(connection)}
     objects = await find_objects(connection)
     for role, kind in (await find_granted_roles(connection)).items():
-        if _grant_command(role, kind) in repairs:
+        if role in differing:
             for statement in grant_statements(objects, role, kind):
                 await connection.exec_driver_sql(statement)
 
 
-async def find_grant_differences(connection: AsyncConnection) -> list[SchemaDifference]:
+async def find_grant_differences(connection: AsyncConnection) -> list[GrantDifference]:
     """Compare the privileges in the database with the declared ones.
 
     A granted role must have the declared privileges of its kind and no other ones. No other role
@@ -306,7 +317,7 @@ def describe_unrestricted(row: Row[Any]) -> str | None:
 
 def _compare_roles(
     roles: Mapping[str, RoleKind], found: Iterable[Row[Any]]
-) -> Iterator[SchemaDifference]:
+) -> Iterator[GrantDifference]:
     """Yield roles that are missing, and roles that no grant restricts."""
     missing = {*roles}
     for row in found:
@@ -326,20 +337,25 @@ def _compare_roles(
                 f"REVOKE SET ON PARAMETER session_replication_role FROM {role}",
             )
     for name in sorted(missing):
-        repair = f"create the role, or run `tiger-db revoke-grants {name}`"
+        repair = f"create the role, or run `tiger-db revoke-grants {shlex.quote(name)}`"
         yield _difference(f"the {roles[name]} role {name} does not exist", repair)
 
 
 def _compare_privileges(
     role: str, kind: RoleKind, held: Iterable[Row[Any]]
-) -> Iterator[SchemaDifference]:
+) -> Iterator[GrantDifference]:
     """Yield privileges that a role lacks, and privileges that it has and should not have."""
     declared = {
         (type_, name, privilege): columns
         for (type_, name), grants in GRANTS.items()
         for privilege, columns in grants.get(kind, {}).items()
     }
-    title, again = f"the {kind} role {role}", _grant_command(role, kind)
+    title = f"the {kind} role {role}"
+    again = f"run `tiger-db grant {shlex.quote(role)} --as {kind}`"
+
+    def differ(state: str, repair: str = again, *, lacks: bool = False) -> GrantDifference:
+        return _difference(f"{title} {state}", repair, role=role, lacks=lacks)
+
     for row in held:
         type_ = row.type
         every = {*row.every} or {""}  # a privilege on a whole object has one column without a name
@@ -348,53 +364,55 @@ def _compare_privileges(
         present = ({*row.columns} or {""}) if row.own else set()
         if lacking := expected - present:
             what = _of_columns(row.privilege, lacking, every)
-            yield _difference(f"{title} lacks {what} on {_label(type_, row.name)}", again)
+            yield differ(f"lacks {what} on {_label(type_, row.name)}", lacks=True)
         # PostgreSQL lets PUBLIC execute functions, which have the privileges of their caller.
         # _compare_grantees() reports grants to PUBLIC on tables.
         excess = ({*row.reachable} or {""}) - expected
         if row.grantable and not excess:
-            yield _difference(
-                f"{title} may grant {row.privilege} on {_label(type_, row.name)}", again
-            )
+            yield differ(f"may grant {row.privilege} on {_label(type_, row.name)}")
         if not excess or type_ == "FUNCTION":
             continue
         if "PUBLIC" in row.sources and type_ in _COMPARED_FOR_ALL:
             continue
         what = _of_columns(row.privilege, excess, every)
-        repair = again
-        if "PUBLIC" in row.sources:
-            repair = f"REVOKE {row.privilege} ON {type_} {row.ident} FROM PUBLIC"
-        elif groups := [name for name in row.sources if name.startswith("pg_")]:
-            repair = f"REVOKE {', '.join(groups)} FROM {quote_identifier(role)}"
-        elif "" not in row.sources:
-            repair = f"REVOKE {', '.join(row.sources)} FROM {quote_identifier(role)}"
-        yield _difference(f"{title} has {what} on {_label(type_, row.name)}", repair)
+        yield differ(f"has {what} on {_label(type_, row.name)}", _revoke_excess(row) or again)
     for (type_, name, privilege), columns in declared.items():
         what = _of_columns(privilege, columns, ())
-        yield _difference(f"{title} lacks {what} on {_label(type_, name)}", again)
+        yield differ(f"lacks {what} on {_label(type_, name)}", lacks=True)
 
 
-def _compare_grantees(found: Iterable[Row[Any]]) -> Iterator[SchemaDifference]:
+def _revoke_excess(row: Row[Any]) -> str | None:
+    """Return a statement that ends a privilege in excess, or None if a new grant ends it."""
+    if "PUBLIC" in row.sources:
+        return f"REVOKE {row.privilege} ON {row.type} {row.ident} FROM PUBLIC"
+    groups = [name for name in row.sources if name.startswith("pg_")]
+    if not groups and "" not in row.sources:
+        groups = row.sources
+    if groups:
+        return f"REVOKE {', '.join(groups)} FROM {quote_identifier(row.role)}"
+    return None
+
+
+def _compare_grantees(found: Iterable[Row[Any]]) -> Iterator[GrantDifference]:
     """Yield grants to PUBLIC, and grants to unknown roles that weaken the audit trail."""
     harmless = {"SELECT", "USAGE"}
     for row in found:
-        if row.grantee != "PUBLIC":
+        if row.grantee is not None:  # None stands for PUBLIC
             recordable = row.column is not None and row.column not in SERVER_COLUMNS
             may_record = row.name == "audit_logs" and row.privilege == "INSERT" and recordable
             if may_record or row.privilege in harmless or not _TRAIL.fullmatch(row.name):
                 continue
         columns = () if row.column is None else (row.column,)
         what = _of_columns(row.privilege, columns, ())
-        holder = "PUBLIC" if row.grantee == "PUBLIC" else f"the role {row.grantee}"
+        holder, revoked_from = "PUBLIC", "PUBLIC"
+        if row.grantee is not None:
+            holder, revoked_from = f"the role {row.grantee}", quote_identifier(row.grantee)
         revoked = _quoted((row.privilege, columns))
-        repair = f"REVOKE {revoked} ON {row.type} {row.ident} FROM {row.grantee}"
-        if row.grantee != "PUBLIC":
-            repair = f"run `tiger-db grant {row.grantee} --as app|auditor|sealer`, or {repair}"
+        repair = f"REVOKE {revoked} ON {row.type} {row.ident} FROM {revoked_from}"
+        if row.grantee is not None:
+            command = f"tiger-db grant {shlex.quote(row.grantee)} --as app|auditor|sealer"
+            repair = f"run `{command}`, or {repair}"
         yield _difference(f"{holder} has {what} on {_label(row.type, row.name)}", repair)
-
-
-def _grant_command(role: str, kind: RoleKind) -> str:
-    return f"run `tiger-db grant {shlex.quote(role)} --as {kind}`"
 
 
 def _of_columns(privilege: str, columns: Collection[str], every: Collection[str]) -> str:
@@ -406,5 +424,7 @@ def _label(type_: str, name: str) -> str:
     return f"the {type_.lower()} {name}".rstrip()
 
 
-def _difference(description: str, repair: str) -> SchemaDifference:
-    return SchemaDifference(("audit_logs",), description, repair)
+def _difference(
+    description: str, repair: str, *, role: str | None = None, lacks: bool = False
+) -> GrantDifference:
+    return GrantDifference(("audit_logs",), description, repair, role=role, lacks=lacks)

@@ -47,14 +47,9 @@ async def grant(engine: AsyncEngine, role: str, kind: RoleKind) -> list[str]:
     async with engine.begin() as connection:
         for statement in await statements_for(connection, role, kind):
             await connection.exec_driver_sql(statement)
-        title = f"the {kind} role {role} "
-        differences = [
-            difference
-            for difference in await find_grant_differences(connection)
-            if difference.description.startswith(title)
-        ]
+        differences = [d for d in await find_grant_differences(connection) if d.role == role]
         for difference in differences:
-            if difference.description.startswith(f"{title}lacks"):
+            if difference.lacks:
                 raise PrivilegeMissing(
                     f"{difference.description}, which the current role may not grant: run `tiger-db"
                     " grant` as the owner of the database and of its tables"
