@@ -21,17 +21,17 @@ from tests.support.command_line import COMMAND, SECRETS, CommandLine
 from tests.support.servers import create_database
 from tiger_db import Database, Settings, migrations
 from tiger_db.connections import connect, maintenance_engine
-from tiger_db.migrations import MONTHS_AHEAD, history, locks, scripts, upgrade
+from tiger_db.migrations import MONTHS_AHEAD, alembic_scripts, history, locks, scripts, upgrade
 from tiger_db.migrations.locks import MIGRATION_LOCK_ID
 from tiger_db.testing import databases
 
 HEAD = scripts().get_current_head()
 MIGRATE_FROM = """
 import pathlib, sys
-from tiger_db import migrations
 from tiger_db.cli import main
+from tiger_db.migrations import alembic_scripts
 folder = pathlib.Path(sys.argv.pop(1))
-migrations.script_location = lambda: folder
+alembic_scripts.script_location = lambda: folder
 main()
 """
 MIGRATION = '''"""{title}."""
@@ -57,7 +57,7 @@ def alembic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the migrations that replaces them, to which tests add migrations."""
     folder = tmp_path / "alembic"
     shutil.copytree(migrations.script_location(), folder)
-    monkeypatch.setattr(migrations, "script_location", lambda: folder)
+    monkeypatch.setattr(alembic_scripts, "script_location", lambda: folder)
     scripts.cache_clear()
     yield folder
     scripts.cache_clear()

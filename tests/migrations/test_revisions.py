@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tiger_db import migrations
 from tiger_db.errors import MigrationError
+from tiger_db.migrations import alembic_scripts, history, scripts
+from tiger_db.migrations.alembic_scripts import head_revision, known_revisions
 
 
 def test_the_revisions_in_the_files_are_those_of_alembic() -> None:
     """A Database reads the files, because the import of Alembic takes long."""
-    found = {script.revision: script.down_revision for script in migrations.history()}
-    assert {name: {before} - {None} for name, before in found.items()} == migrations._revisions()
-    assert migrations._head() == migrations.scripts().get_current_head()
+    found = {script.revision: script.down_revision for script in history()}
+    assert {name: {before} - {None} for name, before in found.items()} == known_revisions()
+    assert head_revision() == scripts().get_current_head()
 
 
 @pytest.mark.parametrize(
@@ -28,15 +29,15 @@ def test_a_merge_of_migrations_follows_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     (tmp_path / "versions").mkdir()
-    monkeypatch.setattr(migrations, "script_location", lambda: tmp_path)
+    monkeypatch.setattr(alembic_scripts, "script_location", lambda: tmp_path)
     for name in ("a1", "a2"):
         file = tmp_path / "versions" / f"{name}.py"
         file.write_text(f'revision = "{name}"\ndown_revision = None\n')
     with pytest.raises(MigrationError, match=r"2 heads \(a1, a2\)"):
-        migrations._head()
+        head_revision()
     (tmp_path / "versions" / "b2.py").write_text(text)
-    assert migrations._head() == "b2"
-    assert migrations._revisions()["b2"] == {"a1", "a2"}
+    assert head_revision() == "b2"
+    assert known_revisions()["b2"] == {"a1", "a2"}
 
 
 def test_a_database_needs_no_alembic() -> None:

@@ -19,7 +19,7 @@ from alembic.util import DispatchPriority, PriorityDispatchResult
 from sqlalchemy import Enum, ForeignKeyConstraint, Index, text
 from sqlalchemy.types import TypeDecorator
 
-from tiger_db.migrations import history
+from tiger_db.migrations.alembic_scripts import history
 from tiger_db.migrations.applications import render_item
 from tiger_db.migrations.declared import TRIGGERS
 from tiger_db.migrations.version_table import VERSION_TABLE

@@ -4,7 +4,6 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tiger_db.errors import InvalidValue, NotFound, PrivilegeMissing
-from tiger_db.migrations import schema_state
 from tiger_db.migrations.grants import (
     LOCK_GRANTS,
     describe_unrestricted,
@@ -14,6 +13,7 @@ from tiger_db.migrations.grants import (
     grant_statements,
     revoke_statements,
 )
+from tiger_db.migrations.state import schema_state
 from tiger_db.models import RoleKind
 from tiger_db.settings import quote_identifier
 
