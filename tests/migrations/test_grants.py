@@ -13,13 +13,8 @@ from tiger_db import Database, Settings, audit
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.errors import InvalidValue, NotFound, PrivilegeMissing
 from tiger_db.migrations import pending_sql, roles, upgrade
-from tiger_db.migrations.grants import (
-    GRANTS,
-    SEQUENCE,
-    Privileges,
-    find_grant_differences,
-    grants_on,
-)
+from tiger_db.migrations.declared import GRANTS, SEQUENCE, Privileges, grants_on
+from tiger_db.migrations.grants import find_grant_differences
 from tiger_db.migrations.version_table import VERSION_TABLE
 from tiger_db.models import SECRET_COLUMNS, TABLES, RoleKind, metadata
 from tiger_db.settings import quote_identifier
@@ -346,28 +341,49 @@ WEAKENED = {
     ],
     "ALTER ROLE {app} NOINHERIT; GRANT pg_execute_server_program TO {other};"
     " GRANT {other} TO {app}": [
-        "the app role {app} can do what a superuser can do, as a member of pg_execute_server_"
+        'the app role {app} is a member of pg_execute_server_program: REVOKE {other} FROM "{app}"'
     ],
     "ALTER SCHEMA public OWNER TO {app}": [
-        "the app role {app} owns the database, the schema or objects of tiger_db, or is a member "
+        "the app role {app} owns the database, the schema or objects of tiger_db: change the owner"
+    ],
+    "ALTER TABLE audit_seals OWNER TO {other}; GRANT {other} TO {app}": [
+        "the app role {app} is a member of {other}, which owns the database, the schema or objects"
+    ],
+    "GRANT pg_write_server_files TO {app}": [
+        "the app role {app} is a member of pg_write_server_files: REVOKE pg_write_server_files FROM"
+    ],
+    "ALTER ROLE {app} REPLICATION BYPASSRLS": [
+        'the app role {app} has BYPASSRLS: ALTER ROLE "{app}" NOBYPASSRLS',
+        'the app role {app} has REPLICATION: ALTER ROLE "{app}" NOREPLICATION',
+    ],
+    "ALTER ROLE {app} NOINHERIT; ALTER ROLE {other} REPLICATION; CREATE ROLE between_of_test;"
+    " GRANT {other} TO between_of_test; GRANT between_of_test TO {app}": [
+        "the app role {app} is a member of {other}, which has REPLICATION: REVOKE between_of_test"
+    ],
+    "CREATE ROLE between_of_test; GRANT {other} TO between_of_test; GRANT between_of_test TO {app};"
+    " GRANT CREATE ON SCHEMA public TO {other}": [
+        'the app role {app} has CREATE on the schema: REVOKE between_of_test FROM "{app}"'
     ],
     "GRANT SET ON PARAMETER session_replication_role TO {other};"
     " ALTER ROLE {app} NOINHERIT; GRANT {other} TO {app}": [
-        "the app role {app} may disable triggers: "
+        "the app role {app} is a member of {other}, which may disable triggers with session_"
     ],
     "GRANT INSERT ON audit_logs TO {other}": [
         "the role {other} has INSERT on the table audit_logs: run "
     ],
     "GRANT SELECT ON audit_logs TO {other}; GRANT INSERT (id, action) ON audit_logs TO {other}": [],
     "GRANT {owner} TO {app}": [
-        "the app role {app} can do what a superuser can do, as a member of "
+        "the app role {app} is a member of {owner}, which is a superuser: REVOKE {owner} FROM "
     ],
     "ALTER ROLE {app} SUPERUSER": ["the app role {app} is a superuser: "],
     "GRANT SET ON PARAMETER session_replication_role TO {app}": [
-        "the app role {app} may disable triggers: "
+        "the app role {app} may disable triggers with session_replication_role: REVOKE ALL ON PAR"
+    ],
+    "GRANT SET ON PARAMETER session_replication_role TO PUBLIC": [
+        "the app role {app} may disable triggers with session_replication_role: REVOKE ALL ON PAR"
     ],
     "ALTER TABLE audit_seals OWNER TO {app}": [
-        "the app role {app} owns the database, the schema or objects of tiger_db, or is a member "
+        "the app role {app} owns the database, the schema or objects of tiger_db: change the owner"
     ],
     "INSERT INTO granted_roles VALUES ('a b', 'auditor')": [
         "the auditor role a b does not exist: create the role, or run `tiger-db revoke-grants 'a b'"

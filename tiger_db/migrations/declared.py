@@ -1,15 +1,21 @@
-"""The declared triggers and functions of the schema, read from `declared.sql`.
+"""The declared triggers, functions and privileges of the schema.
 
-`find_differences` compares a database with the declared triggers and functions. A database can
-differ from the declaration by accident. If `pg_restore --disable-triggers` is interrupted, for
-example, the triggers of the database stay disabled.
+Triggers and functions are read from `declared.sql`. `find_differences` compares a database with
+them. A database can differ from the declaration by accident. If `pg_restore --disable-triggers` is
+interrupted, for example, the triggers of the database stay disabled.
+
+`GRANTS` classifies each object of the schema, and declares the privileges of roles on it.
 """
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from tiger_db.models import TABLES, metadata
+from tiger_db.migrations.version_table import VERSION_TABLE
+from tiger_db.models import SECRET_COLUMNS, TABLES, RoleKind, metadata
+from tiger_db.models.audit_logs import SERVER_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +69,63 @@ TRIGGERS = _read_triggers()
 # FUNCTIONS maps the signature of each SQL function to the output of `pg_get_functiondef` without
 # the first line. In the SQL, the placeholder {schema} stands for the schema's name in quotes.
 FUNCTIONS = _read_functions()
+
+# The columns of each privilege. An empty tuple stands for the whole object.
+Privileges: TypeAlias = Mapping[str, tuple[str, ...]]
+
+
+def _without(table: str, excluded: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the columns of a table, except the excluded columns."""
+    return tuple(name for name in metadata.tables[table].c.keys() if name not in excluded)  # noqa: SIM118  # a collection of columns
+
+
+def _for_all(privileges: Privileges) -> dict[RoleKind, Privileges]:
+    return dict.fromkeys(RoleKind, privileges)
+
+
+_APP, _AUDITOR, _SEALER = RoleKind
+_READ: Privileges = {"SELECT": ()}
+_CRUD: Privileges = {"SELECT": (), "INSERT": (), "UPDATE": (), "DELETE": ()}
+_RECORD: Privileges = {"SELECT": (), "INSERT": _without("audit_logs", SERVER_COLUMNS)}
+_NON_SECRET = {
+    table: {"SELECT": _without(table, columns)} for table, columns in SECRET_COLUMNS.items()
+}
+SEQUENCE = "audit_logs_position_seq"
+# USAGE allows nextval(). UPDATE would allow setval(). SELECT shows the last position.
+_NEXT: Privileges = {"USAGE": (), "SELECT": ()}
+_FUNCTIONS: dict[str, dict[RoleKind, Privileges]] = {
+    # A trigger calls its function without a privilege. Only the owner creates partitions.
+    signature: _for_all({"EXECUTE": ()}) if signature.startswith("uuid7_") else {}
+    for signature in FUNCTIONS
+}
+# The privileges of each kind of role on each object. The keys are the class and the name of an
+# object. Values of the enum types need no privilege on the type.
+GRANTS: dict[tuple[str, str], dict[RoleKind, Privileges]] = {
+    ("DATABASE", ""): _for_all({"CONNECT": ()}),
+    ("SCHEMA", ""): _for_all({"USAGE": ()}),
+    ("TABLE", "tiger_accounts"): {_APP: _CRUD, _AUDITOR: _NON_SECRET["tiger_accounts"]},
+    ("TABLE", "api_keys"): {_APP: _CRUD, _AUDITOR: _NON_SECRET["api_keys"]},
+    ("TABLE", "api_key_limits"): {_APP: _CRUD, _AUDITOR: _READ},
+    ("TABLE", "api_key_usage"): {_APP: _CRUD, _AUDITOR: _READ},
+    ("TABLE", "token_statuses"): {_APP: _CRUD, _AUDITOR: _NON_SECRET["token_statuses"]},
+    ("TABLE", "trading_pauses"): {_APP: _CRUD, _AUDITOR: _READ},
+    ("TABLE", "audit_logs"): {_APP: _RECORD, _AUDITOR: _READ, _SEALER: _RECORD},
+    ("TABLE", "audit_logs_YYYY_MM"): {},  # the partitions are read and written through audit_logs
+    ("TABLE", "audit_logs_default"): _for_all(_READ),  # `health-check` reads this partition
+    ("TABLE", "audit_seals"): {
+        _APP: _READ,
+        _AUDITOR: _READ,
+        _SEALER: {"SELECT": (), "INSERT": ()},
+    },
+    ("TABLE", "granted_roles"): _for_all(_READ),
+    ("TABLE", VERSION_TABLE): _for_all(_READ),
+    ("SEQUENCE", SEQUENCE): {_APP: _NEXT, _AUDITOR: _READ, _SEALER: _NEXT},
+    **{("FUNCTION", signature): grants for signature, grants in _FUNCTIONS.items()},
+}
+_PARTITION = re.compile(r"audit_logs_\d{4}_\d{2}")
+
+
+def grants_on(kind: RoleKind, type_: str, name: str) -> Privileges:
+    """Return the declared privileges of a kind of role on an object."""
+    key = "audit_logs_YYYY_MM" if type_ == "TABLE" and _PARTITION.fullmatch(name) else name
+    return GRANTS[type_, key].get(kind, {})

@@ -1,7 +1,7 @@
-"""The declared privileges of database roles, and their comparison with those in a database.
+"""Grants of the declared privileges, and their comparison with the privileges in a database.
 
-`GRANTS` classifies each object of the schema. A role that `tiger-db grant` has given a kind has the
-declared privileges of this kind only, and `upgrade` grants them again after the migrations.
+A role that `tiger-db grant` has given a kind has the declared privileges of this kind only, and
+`upgrade` grants them again after the migrations.
 """
 
 import re
@@ -9,73 +9,20 @@ import shlex
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tiger_db.migrations.comparison import SCHEMA, SET_LOCALLY, SchemaDifference
-from tiger_db.migrations.declared import FUNCTIONS
+from tiger_db.migrations.declared import FUNCTIONS, GRANTS, SEQUENCE, grants_on
 from tiger_db.migrations.locks import lock_key
 from tiger_db.migrations.version_table import VERSION_TABLE
-from tiger_db.models import SECRET_COLUMNS, TABLES, RoleKind, metadata
+from tiger_db.models import TABLES, RoleKind
 from tiger_db.models.audit_logs import SERVER_COLUMNS
 from tiger_db.settings import quote_identifier
 
-# The columns of each privilege. An empty tuple stands for the whole object.
-Privileges: TypeAlias = Mapping[str, tuple[str, ...]]
-
-
-def _without(table: str, excluded: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the columns of a table, except the excluded columns."""
-    return tuple(name for name in metadata.tables[table].c.keys() if name not in excluded)  # noqa: SIM118  # a collection of columns
-
-
-def _for_all(privileges: Privileges) -> dict[RoleKind, Privileges]:
-    return dict.fromkeys(RoleKind, privileges)
-
-
-_APP, _AUDITOR, _SEALER = RoleKind
-_READ: Privileges = {"SELECT": ()}
-_CRUD: Privileges = {"SELECT": (), "INSERT": (), "UPDATE": (), "DELETE": ()}
-_RECORD: Privileges = {"SELECT": (), "INSERT": _without("audit_logs", SERVER_COLUMNS)}
-_NON_SECRET = {
-    table: {"SELECT": _without(table, columns)} for table, columns in SECRET_COLUMNS.items()
-}
-SEQUENCE = "audit_logs_position_seq"
-# USAGE allows nextval(). UPDATE would allow setval(). SELECT shows the last position.
-_NEXT: Privileges = {"USAGE": (), "SELECT": ()}
-_FUNCTIONS: dict[str, dict[RoleKind, Privileges]] = {
-    # A trigger calls its function without a privilege. Only the owner creates partitions.
-    signature: _for_all({"EXECUTE": ()}) if signature.startswith("uuid7_") else {}
-    for signature in FUNCTIONS
-}
-# The privileges of each kind of role on each object. The keys are the class and the name of an
-# object. Values of the enum types need no privilege on the type.
-GRANTS: dict[tuple[str, str], dict[RoleKind, Privileges]] = {
-    ("DATABASE", ""): _for_all({"CONNECT": ()}),
-    ("SCHEMA", ""): _for_all({"USAGE": ()}),
-    ("TABLE", "tiger_accounts"): {_APP: _CRUD, _AUDITOR: _NON_SECRET["tiger_accounts"]},
-    ("TABLE", "api_keys"): {_APP: _CRUD, _AUDITOR: _NON_SECRET["api_keys"]},
-    ("TABLE", "api_key_limits"): {_APP: _CRUD, _AUDITOR: _READ},
-    ("TABLE", "api_key_usage"): {_APP: _CRUD, _AUDITOR: _READ},
-    ("TABLE", "token_statuses"): {_APP: _CRUD, _AUDITOR: _NON_SECRET["token_statuses"]},
-    ("TABLE", "trading_pauses"): {_APP: _CRUD, _AUDITOR: _READ},
-    ("TABLE", "audit_logs"): {_APP: _RECORD, _AUDITOR: _READ, _SEALER: _RECORD},
-    ("TABLE", "audit_logs_YYYY_MM"): {},  # the partitions are read and written through audit_logs
-    ("TABLE", "audit_logs_default"): _for_all(_READ),  # `health-check` reads this partition
-    ("TABLE", "audit_seals"): {
-        _APP: _READ,
-        _AUDITOR: _READ,
-        _SEALER: {"SELECT": (), "INSERT": ()},
-    },
-    ("TABLE", "granted_roles"): _for_all(_READ),
-    ("TABLE", VERSION_TABLE): _for_all(_READ),
-    ("SEQUENCE", SEQUENCE): {_APP: _NEXT, _AUDITOR: _READ, _SEALER: _NEXT},
-    **{("FUNCTION", signature): grants for signature, grants in _FUNCTIONS.items()},
-}
 _COMPARED_FOR_ALL = {"TABLE", "SEQUENCE"}
-_PARTITION = re.compile(r"audit_logs_\d{4}_\d{2}")
 _TRAIL = re.compile(r"audit_logs|audit_logs_(default|\d{4}_\d{2}|position_seq)|audit_seals")
 # Two transactions cannot change the grants on the same object at the same time.
 LOCK_GRANTS = text(f"SELECT pg_catalog.pg_advisory_xact_lock({lock_key(0x7469676572_03)})")
@@ -103,25 +50,41 @@ WITH objects AS (
 )
 """
 _SELECT_OBJECTS = text(f"{_OBJECTS} SELECT * FROM objects ORDER BY type, name")  # noqa: S608  # constants
-# Grants do not restrict a superuser, an owner, or a role that can become one of them. Three
-# predefined roles reach the files of the server, and so do everything.
-_UNRESTRICTED = text(f"""
-{_OBJECTS}
-SELECT r.rolname::text AS role,
-    ARRAY(SELECT rolname::text FROM pg_roles
-        WHERE pg_has_role(r.oid, oid, 'MEMBER') AND (oid = r.oid OR NOT r.rolsuper)
-            AND (rolsuper OR rolname IN ('pg_execute_server_program', 'pg_read_server_files',
-                'pg_write_server_files')) ORDER BY 1) AS superusers,
-    ARRAY(SELECT DISTINCT quote_ident(pg_get_userbyid(owner)) FROM objects
-        WHERE pg_has_role(r.oid, owner, 'MEMBER') AND pg_get_userbyid(owner) <> 'pg_database_owner'
-        ORDER BY 1) AS owners,
-    EXISTS (SELECT FROM pg_roles WHERE pg_has_role(r.oid, oid, 'MEMBER')
-        AND has_parameter_privilege(oid, 'session_replication_role', 'SET')) AS disables_triggers
-FROM pg_roles AS r WHERE r.rolname = ANY (CAST(:roles AS text[])) ORDER BY 1
+# A superuser and an owner have all privileges, so that their privileges are not compared.
+_ALL_PRIVILEGES = {"SUPERUSER", "OWNER"}
+# The powers beside privileges on objects that weaken the audit trail. A role has a power itself, or
+# can become the role `holder` with SET ROLE, because it is a member of the roles `memberships`.
+# Before PostgreSQL 16, a role with CREATEROLE can make itself a member of any role but superusers.
+# A role without powers has a row, too.
+_POWERS = text(f"""
+{_OBJECTS}, members AS (
+    SELECT r.rolname::text AS role, m.*, m.oid <> r.oid AS other,
+        ARRAY(SELECT quote_ident(pg_get_userbyid(roleid)) FROM pg_auth_members
+            WHERE member = r.oid AND pg_has_role(roleid, m.oid, 'MEMBER') ORDER BY 1) AS memberships
+    FROM pg_roles AS r JOIN pg_roles AS m
+        ON m.oid = r.oid OR (pg_has_role(r.oid, m.oid, 'MEMBER') AND NOT r.rolsuper)
+    WHERE r.rolname = ANY (CAST(:roles AS text[]))
+)
+SELECT role, CASE WHEN other THEN rolname::text END AS holder, memberships, power
+FROM members LEFT JOIN LATERAL (
+    SELECT power FROM (VALUES ('SUPERUSER', rolsuper), ('REPLICATION', rolreplication),
+        ('BYPASSRLS', rolbypassrls), ('CREATEROLE', rolcreaterole AND
+            current_setting('server_version_num')::int < 160000)) AS attributes (power, held)
+    WHERE held AND (rolsuper = (power = 'SUPERUSER'))
+    UNION ALL SELECT 'MEMBER' WHERE rolname IN ('pg_execute_server_program',
+        'pg_read_server_files', 'pg_write_server_files', 'pg_write_all_data')
+    UNION ALL SELECT 'OWNER' WHERE NOT rolsuper AND rolname <> 'pg_database_owner'
+        AND oid IN (SELECT owner FROM objects)
+    UNION ALL SELECT 'SET' WHERE NOT rolsuper AND EXISTS (
+        SELECT FROM pg_parameter_acl, aclexplode(paracl)
+        WHERE parname = 'session_replication_role'
+            AND (grantee = members.oid OR (grantee = 0 AND NOT other)))
+) AS powers ON true
+ORDER BY role, other, rolname, power
 """)  # noqa: S608  # constants
 # Each privilege that a role has itself (`own`, for the `columns`), or with SET ROLE (for the
-# columns `reachable`). `sources` are those to whom the privilege is granted: the role itself (an
-# empty text), PUBLIC, or roles of which the role is a member.
+# columns `reachable`). Other roles than the role itself have it for the columns `of_others`, and
+# the role can become one of them as a member of the roles `memberships`.
 _EFFECTIVE = text(f"""
 {_OBJECTS}, privileges (type, privilege, of_columns) AS (VALUES
     ('DATABASE', 'CONNECT', false), ('DATABASE', 'CREATE', false),
@@ -158,13 +121,18 @@ SELECT role, type, name, ident, privilege, role_id = ANY (holders) AS own,
         WHERE of_columns AND attrelid = held.oid AND attnum > 0 AND NOT attisdropped
             AND EXISTS (SELECT FROM unnest(holders) AS holder
                 WHERE has_column_privilege(holder, attrelid, attnum, privilege))) AS reachable,
-    ARRAY(SELECT CASE grantee WHEN 0 THEN 'PUBLIC' WHEN role_id THEN ''
-            ELSE quote_ident(pg_get_userbyid(grantee)) END FROM unnest(grantees) AS grantee
-        UNION SELECT rolname::text FROM pg_roles -- predefined roles have privileges without grants
-        WHERE oid = ANY (holders) AND oid <> role_id AND starts_with(rolname, 'pg_')) AS sources,
-    grantable
+    ARRAY(SELECT attname::text FROM pg_attribute
+        WHERE of_columns AND attrelid = held.oid AND attnum > 0 AND NOT attisdropped
+            AND EXISTS (SELECT FROM unnest(holders) AS holder WHERE holder <> role_id
+                AND has_column_privilege(holder, attrelid, attnum, privilege))) AS of_others,
+    ARRAY(SELECT quote_ident(pg_get_userbyid(roleid)) FROM pg_auth_members
+        WHERE member = role_id AND EXISTS (SELECT FROM unnest(holders) AS holder
+            WHERE holder <> role_id AND pg_has_role(roleid, holder, 'MEMBER'))
+        ORDER BY 1) AS memberships,
+    public, grantable
 FROM held CROSS JOIN LATERAL (
-    SELECT array_agg(grantee) AS grantees, coalesce(bool_or(is_grantable), false) AS grantable
+    SELECT coalesce(bool_or(grantee = 0), false) AS public,
+        coalesce(bool_or(is_grantable), false) AS grantable
     FROM (SELECT acl UNION ALL
         SELECT attacl FROM pg_attribute WHERE type = 'TABLE' AND attrelid = held.oid) AS acls,
         aclexplode(acl)
@@ -185,12 +153,6 @@ WHERE type IN ('TABLE', 'SEQUENCE') AND grantee <> owner
     AND pg_get_userbyid(grantee) <> ALL (CAST(:roles AS text[]))
 ORDER BY grantee, name, privilege, "column"
 """)  # noqa: S608  # constants
-
-
-def grants_on(kind: RoleKind, type_: str, name: str) -> Privileges:
-    """Return the declared privileges of a kind of role on an object."""
-    key = "audit_logs_YYYY_MM" if type_ == "TABLE" and _PARTITION.fullmatch(name) else name
-    return GRANTS[type_, key].get(kind, {})
 
 
 async def find_granted_roles(connection: AsyncConnection) -> dict[str, RoleKind]:
@@ -283,62 +245,68 @@ async def find_grant_differences(connection: AsyncConnection) -> list[GrantDiffe
     roles = await find_granted_roles(connection)
     async with _catalog(connection) as values:
         everyone = {**values, "roles": [*roles]}
-        found = (await connection.execute(_UNRESTRICTED, everyone)).all()
-        restricted = [row.role for row in found if not (row.superusers or row.owners)]
+        powers = (await connection.execute(_POWERS, everyone)).all()
+        unrestricted = {row.role for row in powers if row.power in _ALL_PRIVILEGES}
+        restricted = sorted({row.role for row in powers} - unrestricted)
         held = (await connection.execute(_EFFECTIVE, {**values, "roles": restricted})).all()
         grantees = (await connection.execute(_SELECT_GRANTEES, everyone)).all()
-    differences = [*_compare_roles(roles, found)]
+    differences = [*_compare_roles(roles, powers)]
     for role in restricted:
         rows = [row for row in held if row.role == role]
         differences += _compare_privileges(role, roles[role], rows)
     return [*differences, *_compare_grantees(grantees)]
 
 
-async def find_unrestricted(connection: AsyncConnection, role: str) -> Row[Any] | None:
-    """Return what `describe_unrestricted` describes, or None if the role does not exist."""
+async def find_powers(connection: AsyncConnection, role: str) -> Sequence[Row[Any]]:
+    """Return a row for each power of a role that no grant restricts, for `describe_power`.
+
+    If the role does not exist, the result is empty. A role without powers has one row.
+    """
     async with _catalog(connection) as values:
-        found = await connection.execute(_UNRESTRICTED, {**values, "roles": [role]})
-        return found.one_or_none()
+        return (await connection.execute(_POWERS, {**values, "roles": [role]})).all()
 
 
-def describe_unrestricted(row: Row[Any]) -> str | None:
-    """Return why no grant restricts a role, or None."""
-    if row.superusers:
-        if row.role in row.superusers:
-            return "is a superuser"
-        return f"can do what a superuser can do, as a member of {', '.join(row.superusers)}"
-    if row.owners:
-        return (
-            "owns the database, the schema or objects of tiger_db, or is a member of their owner"
-            f" ({', '.join(row.owners)})"
-        )
-    return None
+_OWN_POWERS = {
+    "SUPERUSER": "is a superuser",
+    "OWNER": "owns the database, the schema or objects of tiger_db",
+    "SET": "may disable triggers with session_replication_role",
+}
+
+
+def describe_power(row: Row[Any]) -> str | None:
+    """Describe a power of a role that weakens the audit trail, or return None without a power."""
+    if row.power is None:
+        return None
+    if row.power == "MEMBER":
+        return f"is a member of {row.holder}"
+    power = _OWN_POWERS.get(row.power, f"has {row.power}")
+    return f"is a member of {row.holder}, which {power}" if row.holder else power
 
 
 def _compare_roles(
-    roles: Mapping[str, RoleKind], found: Iterable[Row[Any]]
+    roles: Mapping[str, RoleKind], powers: Iterable[Row[Any]]
 ) -> Iterator[GrantDifference]:
-    """Yield roles that are missing, and roles that no grant restricts."""
+    """Yield roles that are missing, and powers that no grant restricts."""
     missing = {*roles}
-    for row in found:
+    for row in powers:
         missing.discard(row.role)
-        role, title = quote_identifier(row.role), f"the {roles[row.role]} role {row.role}"
-        if reason := describe_unrestricted(row):
-            repair = f"REVOKE {', '.join(row.owners)} FROM {role}, or change the owner"
-            if row.role in row.superusers:
-                repair = f"ALTER ROLE {role} NOSUPERUSER"
-            elif row.superusers:
-                groups = ", ".join(map(quote_identifier, row.superusers))
-                repair = f"REVOKE {groups} FROM {role}"
-            yield _difference(f"{title} {reason}", repair)
-        elif row.disables_triggers:
-            yield _difference(
-                f"{title} may disable triggers",
-                f"REVOKE SET ON PARAMETER session_replication_role FROM {role}",
-            )
+        if description := describe_power(row):
+            title = f"the {roles[row.role]} role {row.role}"
+            yield _difference(f"{title} {description}", _end_power(row))
     for name in sorted(missing):
         repair = f"create the role, or run `tiger-db revoke-grants {shlex.quote(name)}`"
         yield _difference(f"the {roles[name]} role {name} does not exist", repair)
+
+
+def _end_power(row: Row[Any]) -> str:
+    role = quote_identifier(row.role)
+    if row.holder:
+        return f"REVOKE {', '.join(row.memberships)} FROM {role}"
+    if row.power == "OWNER":
+        return "change the owner"
+    if row.power == "SET":
+        return f"REVOKE ALL ON PARAMETER session_replication_role FROM {role}, PUBLIC"
+    return f"ALTER ROLE {role} NO{row.power}"
 
 
 def _compare_privileges(
@@ -372,24 +340,21 @@ def _compare_privileges(
             yield differ(f"may grant {row.privilege} on {_label(type_, row.name)}")
         if not excess or type_ == "FUNCTION":
             continue
-        if "PUBLIC" in row.sources and type_ in _COMPARED_FOR_ALL:
+        if row.public and type_ in _COMPARED_FOR_ALL:
             continue
         what = _of_columns(row.privilege, excess, every)
-        yield differ(f"has {what} on {_label(type_, row.name)}", _revoke_excess(row) or again)
+        yield differ(f"has {what} on {_label(type_, row.name)}", _revoke(row, excess) or again)
     for (type_, name, privilege), columns in declared.items():
         what = _of_columns(privilege, columns, ())
         yield differ(f"lacks {what} on {_label(type_, name)}", lacks=True)
 
 
-def _revoke_excess(row: Row[Any]) -> str | None:
+def _revoke(row: Row[Any], excess: Collection[str]) -> str | None:
     """Return a statement that ends a privilege in excess, or None if a new grant ends it."""
-    if "PUBLIC" in row.sources:
+    if row.public:
         return f"REVOKE {row.privilege} ON {row.type} {row.ident} FROM PUBLIC"
-    groups = [name for name in row.sources if name.startswith("pg_")]
-    if not groups and "" not in row.sources:
-        groups = row.sources
-    if groups:
-        return f"REVOKE {', '.join(groups)} FROM {quote_identifier(row.role)}"
+    if row.memberships and not ({*row.of_others} or {""}).isdisjoint(excess):
+        return f"REVOKE {', '.join(row.memberships)} FROM {quote_identifier(row.role)}"
     return None
 
 

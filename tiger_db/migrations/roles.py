@@ -6,10 +6,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tiger_db.errors import InvalidValue, NotFound, PrivilegeMissing
 from tiger_db.migrations.grants import (
     LOCK_GRANTS,
-    describe_unrestricted,
+    describe_power,
     find_grant_differences,
     find_objects,
-    find_unrestricted,
+    find_powers,
     grant_statements,
     revoke_statements,
 )
@@ -71,15 +71,16 @@ async def grant_sql(engine: AsyncEngine, role: str, kind: RoleKind) -> str:
 async def statements_for(connection: AsyncConnection, role: str, kind: RoleKind) -> list[str]:
     """Return the statements of `grant`, and lock the grants until the end of the transaction."""
     (await schema_state(connection)).check()
-    found = await find_unrestricted(connection, role)
-    if found is None:
+    found = await find_powers(connection, role)
+    if not found:
         raise NotFound(
             f"there is no role {role}: create it with CREATE ROLE {quote_identifier(role)} LOGIN"
         )
     if role.startswith("pg_"):
         raise InvalidValue(f"the role {role} is predefined by PostgreSQL: create a role")
-    if reason := describe_unrestricted(found):
-        raise InvalidValue(f"the role {role} {reason}, so that no grant restricts it")
+    for row in found:
+        if reason := describe_power(row):
+            raise InvalidValue(f"the role {role} {reason}, so that no grant restricts it")
     await connection.execute(LOCK_GRANTS)
     objects = await find_objects(connection)
     schema = next(found.ident for found in objects if found.type == "SCHEMA")
@@ -104,7 +105,7 @@ async def revoke_grants(engine: AsyncEngine, role: str) -> None:
         await connection.execute(LOCK_GRANTS)
         if not (await connection.exec_driver_sql(FORGET, (role,))).rowcount:
             raise NotFound(f"`tiger-db grant` has not given the role {role} any privileges")
-        if await find_unrestricted(connection, role) is None:
+        if not await find_powers(connection, role):
             return
         objects = await find_objects(connection)
         for statement in revoke_statements(objects, role):
