@@ -23,11 +23,11 @@ from tests.support.archives import (
     retire_two_months,
 )
 from tests.support.months import month, partition, put
-from tests.support.trail import FIELDS, fetch_seals
+from tests.support.trail import FIELDS, fetch_seals, stored_events
 from tiger_db import Database, audit, crud, errors
 from tiger_db.audit import archive_files, archiving
 from tiger_db.audit.event_content import CONTENT_COLUMNS
-from tiger_db.audit.storage import Connection, read_events, select_events
+from tiger_db.audit.storage import Connection
 
 __all__ = ["database", "folder", "other"]  # fixtures
 
@@ -90,7 +90,7 @@ async def test_the_files_have_each_event_byte_for_byte_and_in_typed_columns(
     await other.fetchval("SELECT make_audit_months(0)")
     await audit.seal(database)
     await other.execute("SET TimeZone = 'UTC'")
-    stored = [event async for event in read_events(other, select_events(1, 20))]
+    stored = await stored_events(other)
     assert len((await audit.maintain(database)).retired) == 1
     tables = [parquet.ParquetFile(folder / name) for name in files_in(folder) if "/events-" in name]
     assert [table.metadata.num_rows for table in tables] == [8, 8, 4]

@@ -93,8 +93,9 @@ class Trail:
         verifier = TrailVerifier([key.public_key()], [checkpoint] if checkpoint else [])
         verifier.database_time = await database_time(self.superuser)
         async with self.superuser.transaction():
-            async for item in read_trail(self.superuser):
-                verifier.add(item)
+            async for items in read_trail(self.superuser):
+                for item in items:
+                    verifier.add(item)
         return verifier.finish()
 
 
@@ -125,7 +126,8 @@ async def stored_events(
     connection: Connection, first: int = -(2**63), last: int = 2**63 - 1
 ) -> list[Event]:
     """Return the events at positions from `first` to `last`, in order of position."""
-    return [event async for event in read_events(connection, select_events(first, last))]
+    query = select_events(first, last)
+    return [event async for events in read_events(connection, query) for event in events]
 
 
 async def fetch_seals(connection: Connection, after: int, limit: int) -> list[tuple[int, Seal]]:

@@ -6,7 +6,7 @@ not change this output. The form of the content is specified in docs/audit-forma
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from json.encoder import encode_basestring
 from typing import TypeAlias
 
@@ -46,6 +46,8 @@ def _render_time(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
+    if "\\" not in text:
+        return text
     return _ESCAPE.sub(lambda found: _ESCAPED_CHARACTERS.get(found[1], found[1]), text)
 
 
@@ -56,30 +58,33 @@ def _renderer(name: str) -> Callable[[str], str]:
     return str if isinstance(_COLUMNS[name].type, JSONB | BigInteger) else encode_basestring
 
 
-_MEMBERS = [(f'"{name}":', _renderer(name)) for name in CONTENT_COLUMNS]
+_MEMBERS = [(f',"{name}":', _renderer(name)) for name in CONTENT_COLUMNS]
 
 
-def render_event(line: str) -> Event:
-    """Return the event in a line of COPY, which has `position` and then CONTENT_COLUMNS.
+def render_events(lines: Iterable[str]) -> list[Event]:
+    """Return the events in lines of COPY, each of which has `position` and then CONTENT_COLUMNS.
 
     Raises:
         InvalidState: The time zone or the date style of the session is another one.
     """
-    position, *values = line.split("\t")
-    # Most lines have no escape. The backslash of a value is doubled, so that it is not NULL.
-    if "\\" in line.replace(_NULL, ""):
-        members = [
-            member + render(_unescape(value))
-            for (member, render), value in zip(_MEMBERS, values, strict=True)
-            if value != _NULL
-        ]
-    else:
-        members = [
-            member + render(value)
-            for (member, render), value in zip(_MEMBERS, values, strict=True)
-            if value != _NULL
-        ]
-    return int(position), f"{{{','.join(members)}}}"
+    positions, *columns = zip(*(line.split("\t") for line in lines), strict=True)
+    form, members = "", list[Sequence[str]]()
+    for (name, render), column in zip(_MEMBERS, columns, strict=True):
+        text = " ".join(column)
+        if (
+            render is encode_basestring
+            and text.isprintable()
+            and '"' not in text
+            and "\\" not in text
+        ):
+            # Most columns of texts have only values that are the same in JSON.
+            form += f'{name}"%s"'
+            members.append(column)
+        elif {*column} != {_NULL}:
+            form += "%s"
+            members.append(["" if v == _NULL else name + render(_unescape(v)) for v in column])
+    contents = [f"{{{(form % event)[1:]}}}" for event in zip(*members, strict=True)]
+    return [*zip(map(int, positions), contents, strict=True)]
 
 
 def event_id_in(content: str) -> str | None:

@@ -112,10 +112,10 @@ async def _whole_trail(database: Database, *, archive: bool) -> AsyncGenerator[S
         storage.open_snapshot(database) as connection,
         aclosing(storage.read_trail(connection)) as trail,
     ):
-        items = trail
+        items = sealed = (item async for batch in trail for item in batch)
         if files is not None:
-            items = merge_archived_events(trail, read_archived_events(connection, files))
-        async with aclosing(items):
+            items = merge_archived_events(sealed, read_archived_events(connection, files))
+        async with aclosing(sealed), aclosing(items):
             async for item in items:
                 yield item
 
@@ -147,8 +147,9 @@ async def _matching_events(
             async for ids in (await session.stream_scalars(statement)).partitions():
                 query = storage.select_events_of(ids)
                 with raw_errors():
-                    async for event in storage.read_events(connection.driver_connection, query):
-                        yield event
+                    async for events in storage.read_events(connection.driver_connection, query):
+                        for event in events:
+                            yield event
         except SQLAlchemyError as error:
             raise typed(error) from None
 

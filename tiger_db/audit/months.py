@@ -137,16 +137,17 @@ async def sealed_events(
                 " run `tiger-db verify-audit`"
             )
         query = storage.select_events(payload.after + 1, payload.upto, table=month.partition)
-        async with aclosing(storage.read_events(connection, query)) as events:
-            async for position, content in events:
-                digest = digest_of(content)
-                if expected.get(position) != digest:
-                    raise CannotRetireError(
-                        f"the event at position {position} differs from the sealed event:"
-                        " run `tiger-db verify-audit`"
-                    )
-                found += 1
-                yield (position, content), digest
+        async with aclosing(storage.read_events(connection, query)) as batches:
+            async for batch in batches:
+                for position, content in batch:
+                    digest = digest_of(content)
+                    if expected.get(position) != digest:
+                        raise CannotRetireError(
+                            f"the event at position {position} differs from the sealed event:"
+                            " run `tiger-db verify-audit`"
+                        )
+                    found += 1
+                    yield (position, content), digest
         present = await connection.fetch(_SELECT_POSITIONS, payload.after + 1, payload.upto)
         missing = expected.keys() - {position for (position,) in present}
         for start, end in retired if missing else ():

@@ -139,10 +139,11 @@ async def seal_next(sealer: Sealer, upto: int, closed_at: str | None) -> int | N
         # their events for each seal. This query is only needed if no event is in the next range.
         for last in (min(upto, first + EVENTS_PER_SEAL - 1), upto):
             query = storage.select_events(first, last, limit=EVENTS_PER_SEAL)
-            async for position, content in storage.read_events(connection, query):
-                # PostgreSQL assigns each position once, so a second event at a position is forged.
-                digests.setdefault(position, digest_of(content))
-                found += 1
+            async for events in storage.read_events(connection, query):
+                for position, content in events:
+                    # PostgreSQL assigns each position once: a second event at a position is forged.
+                    digests.setdefault(position, digest_of(content))
+                found += len(events)
             if found:
                 break
         else:

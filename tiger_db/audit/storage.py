@@ -10,7 +10,7 @@ from uuid import UUID
 
 import asyncpg
 
-from tiger_db.audit.event_content import CONTENT_COLUMNS, Event, render_event
+from tiger_db.audit.event_content import CONTENT_COLUMNS, Event, render_events
 from tiger_db.audit.seal_format import Seal
 from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
@@ -154,8 +154,8 @@ def select_events_of(ids: Iterable[UUID]) -> str:
     )
 
 
-async def read_events(connection: Connection, query: str) -> AsyncGenerator[Event, None]:
-    """Yield the events of a query.
+async def read_events(connection: Connection, query: str) -> AsyncGenerator[list[Event], None]:
+    """Yield the events of a query, in lists.
 
     COPY prints each value with the output function of the type. No function, cast or operator that
     somebody has created in the database takes part.
@@ -165,8 +165,7 @@ async def read_events(connection: Connection, query: str) -> AsyncGenerator[Even
         async for chunk in chunks:
             lines, newline, rest = (rest + chunk).rpartition(b"\n")
             if newline:
-                for line in lines.decode().split("\n"):
-                    yield render_event(line)
+                yield render_events(lines.decode().split("\n"))
 
 
 async def _copy(connection: Connection, query: str) -> AsyncGenerator[bytes, None]:
@@ -192,8 +191,11 @@ async def _copy(connection: Connection, query: str) -> AsyncGenerator[bytes, Non
         await asyncio.wait([task])
 
 
-async def read_trail(connection: Connection) -> AsyncGenerator[Seal | Event, None]:
-    """Yield all events in order of position, and each seal before the events that it covers."""
+async def read_trail(connection: Connection) -> AsyncGenerator[list[Seal | Event], None]:
+    """Yield all events in order of position, and each seal before the events that it covers.
+
+    The seals and events are yielded in lists.
+    """
     after, seals, count = _MIN_POSITION - 1, deque[tuple[Seal, int]](), 0
     async for row in connection.cursor(SELECT_SEALS, prefetch=_PREFETCHED_SEALS):
         seal = Seal(*row)
@@ -202,33 +204,36 @@ async def read_trail(connection: Connection) -> AsyncGenerator[Seal | Event, Non
         count += covered
         if count >= _EVENTS_PER_QUERY:
             upto = max(after, *(upto for _, upto in seals))
-            async with contextlib.aclosing(_merge(connection, seals, after, upto)) as items:
-                async for item in items:
-                    yield item
+            async with contextlib.aclosing(_merge(connection, seals, after, upto)) as batches:
+                async for items in batches:
+                    yield items
             after, count = upto, 0
-    async with contextlib.aclosing(_merge(connection, seals, after, _MAX_POSITION)) as items:
-        async for item in items:
-            yield item
+    async with contextlib.aclosing(_merge(connection, seals, after, _MAX_POSITION)) as batches:
+        async for items in batches:
+            yield items
 
 
 async def _merge(
     connection: Connection, seals: deque[tuple[Seal, int]], after: int, upto: int
-) -> AsyncGenerator[Seal | Event, None]:
+) -> AsyncGenerator[list[Seal | Event], None]:
     """Yield the seals, and the events at positions above `after` and up to `upto`.
 
     Each seal is yielded before the events that the seal covers, and is removed from `seals`.
     """
     covered = after
     query = select_events(after + 1, upto)
-    async with contextlib.aclosing(read_events(connection, query)) as events:
-        async for position, content in events:
-            while seals and position > covered:
-                seal, seal_upto = seals.popleft()
-                covered = max(covered, seal_upto)
-                yield seal
-            yield position, content
-    while seals:
-        yield seals.popleft()[0]
+    async with contextlib.aclosing(read_events(connection, query)) as batches:
+        async for events in batches:
+            items: list[Seal | Event] = []
+            for event in events:
+                while seals and event[0] > covered:
+                    seal, seal_upto = seals.popleft()
+                    covered = max(covered, seal_upto)
+                    items.append(seal)
+                items.append(event)
+            yield items
+    yield [seal for seal, _ in seals]
+    seals.clear()
 
 
 def extent_of(seal: Seal) -> tuple[int, int]:

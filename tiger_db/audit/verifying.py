@@ -31,7 +31,6 @@ from tiger_db.public import Progress, no_progress, public
 _REPORTED_FINDINGS = 1000
 # Maximum number of events kept in memory that differ from a seal, and of digests of missing events.
 _REMEMBERED_EVENTS = 100_000
-_PROGRESS_POSITIONS = 1000  # Number of positions between two calls of `progress`.
 # `verify` tolerates that the database's clock was set back by at most `_CLOCK_TOLERANCE`.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
 # `_CREATED_AT` selects `created_at` without fractions of a second from the content of an event.
@@ -104,10 +103,10 @@ async def verify(
         total = await connection.fetchval("SELECT max(position) FROM audit_logs") or 0
         verifier.database_time = await storage.database_time(connection)
         async with aclosing(storage.read_trail(connection)) as trail:
-            async for item in trail:
-                verifier.add(item)
-                if not isinstance(item, Seal) and item[0] % _PROGRESS_POSITIONS == 0:
-                    progress(item[0], total)
+            async for items in trail:
+                for item in items:
+                    verifier.add(item)
+                progress(verifier.position, total)
         progress(total, total)
         archived = None
         if files is not None:
@@ -248,7 +247,7 @@ class TrailVerifier:
         self._next_created_after = ""
         # The following attributes describe events, with positions as keys.
         self._expected: dict[int, bytes] = {}  # Digests of sealed events that are not added yet.
-        self._last: tuple[int, str | None] = (0, None)  # Position and id of the last added event.
+        self.position, self._last_content = 0, ""  # Position and content of the last added event.
         self._last_found = 0  # Highest position at which a sealed event was added.
         # Each run has the first position, the last position and the seal of missing events.
         self._missing: list[tuple[int, int, int]] = []
@@ -310,23 +309,25 @@ class TrailVerifier:
             self._remember(position, event)
 
     def _add_event(self, position: int, content: str) -> None:
-        digest, event_id = digest_of(content), event_id_in(content)
-        twin = self._last[1] if position == self._last[0] else None
-        self._last = (position, event_id)
+        twin = event_id_in(self._last_content) if position == self.position else None
+        self.position, self._last_content = position, content
         if position > self.chain.upto:
-            self._add_unsealed(position, content, _Mismatch(0, None, digest, event_id, twin))
+            self._add_unsealed(position, content, twin)
             return
-        number = self.chain.number
+        digest, number = digest_of(content), self.chain.number
         if content[_CREATED_AT] < self._created_after:
-            self._warn_of_clock(number, position, event_id)
+            self._warn_of_clock(number, position, content)
         expected = self._expected.pop(position, None)
         if expected is not None:
             self._last_found = max(self._last_found, position)
             if expected == digest:
                 self._report.rows += 1
             else:
+                event_id = event_id_in(content)
                 self._mismatches[position] = _Mismatch(number, expected, digest, event_id)
-        elif (other := self._mismatches.get(position)) is not None and other.expected == digest:
+            return
+        event_id = event_id_in(content)
+        if (other := self._mismatches.get(position)) is not None and other.expected == digest:
             # The seal covers the second event at the position, not the first.
             self._report.rows += 1
             del self._mismatches[position]
@@ -334,20 +335,22 @@ class TrailVerifier:
         elif position > self.chain.missing_upto:
             self._remember(position, _Mismatch(number, None, digest, event_id, twin))
 
-    def _add_unsealed(self, position: int, content: str, event: _Mismatch) -> None:
+    def _add_unsealed(self, position: int, content: str, twin: str | None) -> None:
         self._report.unsealed += 1
         # A sealed event was possibly moved to `position`.
-        if self._mismatches or self._expected or self._missing or event.twin:
+        if self._mismatches or self._expected or self._missing or twin:
+            event = _Mismatch(0, None, digest_of(content), event_id_in(content), twin)
             self._remember(position, event)
         if content[_CREATED_AT] < self._next_created_after <= self.database_time:
-            self._warn_of_clock(self.chain.number + 1, position, event.event_id)
+            self._warn_of_clock(self.chain.number + 1, position, content)
 
-    def _warn_of_clock(self, seal: int, position: int, event_id: str | None) -> None:
+    def _warn_of_clock(self, seal: int, position: int, content: str) -> None:
         message = (
             f"the event at position {position} has a time before seal {seal - 1}, but was written"
             " after this seal: a clock went back, or somebody set the time of the event"
         )
         if len(self._report.warnings) < _REPORTED_FINDINGS:
+            event_id = event_id_in(content)
             warning = AuditFinding(FindingKind.CLOCK, message, seal, position, event_id)
             self._report.warnings.append(warning)
 
@@ -374,7 +377,7 @@ class TrailVerifier:
         """Return the result of the verification, after all seals and events have been added."""
         self._close_seal()
         self._explain_mismatches()
-        self.chain.finish(self._last[0])
+        self.chain.finish(self.position)
         restored = [
             AuditFinding(FindingKind.RESTORED, str(lost), lost.first) for lost in self.chain.lost
         ]
