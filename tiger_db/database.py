@@ -16,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
 from sqlalchemy.orm import Load, ORMExecuteState
+from sqlalchemy.orm import Session as SyncSession
 from sqlmodel import Session
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
@@ -71,18 +72,23 @@ class AsyncSession(SQLModelSession):
             Conflict: another transaction conflicts with this transaction, or has deleted a row that
                 this transaction changes. The database saved nothing of this transaction.
         """
-        try:
-            await self.flush()
-        except SQLAlchemyError as error:
-            raise typed(error) from None
-        try:
-            await super().commit()
-        except SQLAlchemyError as error:  # for example, the commit violates a deferred constraint
-            raise typed(error) from None
-        except DatabaseUnavailable as error:
-            raise OutcomeUnknown(
-                f"{error}, during the commit: it is unknown whether the transaction was saved"
-            ) from None
+        # One call of run_sync() for both steps is faster than one call per step.
+        await self.run_sync(_flush_and_commit)
+
+
+def _flush_and_commit(session: SyncSession) -> None:
+    try:
+        session.flush()
+    except SQLAlchemyError as error:
+        raise typed(error) from None
+    try:
+        session.commit()
+    except SQLAlchemyError as error:  # for example, the commit violates a deferred constraint
+        raise typed(error) from None
+    except DatabaseUnavailable as error:
+        raise OutcomeUnknown(
+            f"{error}, during the commit: it is unknown whether the transaction was saved"
+        ) from None
 
 
 class _SessionWithoutSecrets(Session):
@@ -281,7 +287,9 @@ class Database:
 
         def session_on(engine: AsyncEngine) -> AsyncSession:
             bind = engine.execution_options(**options) if options else engine
-            context = replace(self.info[CONTEXT], readonly=readonly, actor=actor)
+            context = self.info[CONTEXT]
+            if readonly or actor:
+                context = replace(context, readonly=readonly, actor=actor)
             return self.sessions(bind=bind, info={CONTEXT: context})
 
         try:
