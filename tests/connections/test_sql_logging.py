@@ -48,6 +48,28 @@ async def test_a_slow_query_is_logged_without_its_parameters(
     assert SECRET not in caplog.text
 
 
+async def test_each_method_of_a_raw_connection_logs_its_slow_query(
+    clone_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(clone_settings) as database, database.out_of_band.connection() as plain:
+        plain.slow_query_seconds = 0
+        caplog.clear()
+        await plain.execute("SELECT 1")
+        await plain.execute("SELECT $1::text", SECRET)
+        await plain.executemany("SELECT 1, $1::text", [(SECRET,)])
+        await plain.fetch("SELECT 2, $1::text", SECRET)
+        await plain.fetchmany("SELECT 3, $1::text", [(SECRET,)])
+        await plain.fetchrow("SELECT 4, $1::text", SECRET)
+        await plain.fetchval("SELECT 5, $1::text", SECRET)
+        lines = logged(caplog)
+    assert [line.partition(" s: ")[2] for line in lines] == [
+        "SELECT 1",
+        "SELECT $1::text",
+        *(f"SELECT {n}, $1::text" for n in range(1, 6)),
+    ]
+    assert SECRET not in caplog.text
+
+
 async def test_a_query_that_reaches_the_time_limit_is_logged(
     clone_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:

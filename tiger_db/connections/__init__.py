@@ -17,11 +17,8 @@ from sqlalchemy.pool import NullPool
 from tiger_db.connections import tls
 from tiger_db.connections.error_advice import reason
 from tiger_db.connections.passfile import find_password
-from tiger_db.connections.pool import Connection, OwnedPool, end_cancelled_session
-from tiger_db.connections.sql_logging import (
-    log_slow_queries_of_connection,
-    log_slow_queries_of_engine,
-)
+from tiger_db.connections.pool import OwnedPool, end_cancelled_session
+from tiger_db.connections.sql_logging import LoggingConnection, log_slow_queries_of_engine
 from tiger_db.database_urls import Address
 from tiger_db.decoding import decode_json, decode_time, encode_time
 from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTimeout
@@ -119,7 +116,7 @@ async def connect(
         connection.terminate()
         raise
     if settings.db_slow_query_seconds:
-        log_slow_queries_of_connection(connection, settings.db_slow_query_seconds)
+        connection.slow_query_seconds = settings.db_slow_query_seconds
     return connection
 
 
@@ -176,7 +173,7 @@ async def _connect_to_host(
         ) from None
 
 
-class _Connection(Connection):
+class _Connection(LoggingConnection):
     """A connection that resets `search_path` at the start of each transaction."""
 
     begun_at = math.inf  # Monotonic time (s) of the BEGIN of the current transaction.

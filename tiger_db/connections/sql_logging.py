@@ -1,15 +1,17 @@
 """Logging of slow SQL queries, without the parameters of the queries."""
 
 import logging
+import math
 import time
+from collections.abc import Awaitable, Callable
+from functools import wraps
 from typing import Any, Literal
 
-import asyncpg
-from asyncpg.connection import LoggedQuery
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.engine.interfaces import DBAPICursor
 
+from tiger_db.connections.pool import Connection
 from tiger_db.redaction import redact_known
 
 _MAX_LOGGED_CHARACTERS = 500  # maximum length of a query in the log
@@ -36,19 +38,34 @@ def log_slow_queries_of_engine(engine: Engine, threshold_seconds: float) -> None
         return True
 
 
-def log_slow_queries_of_connection(
-    connection: "asyncpg.Connection[asyncpg.Record]", threshold_seconds: float
-) -> None:
-    """Log each query that bypasses SQLAlchemy and takes at least `threshold_seconds`.
+class LoggingConnection(Connection):
+    """A connection that logs slow queries that bypass SQLAlchemy.
 
-    Queries of SQLAlchemy are not logged twice, because SQLAlchemy executes prepared statements.
-    asyncpg does not report executions of prepared statements to query loggers.
+    Queries of SQLAlchemy are not logged twice, because SQLAlchemy executes prepared statements. The
+    query loggers of asyncpg are not used, because each of them adds two callbacks to a transaction.
     """
 
-    def log(query: LoggedQuery) -> None:
-        _log_if_slow(query.query, query.elapsed, threshold_seconds)
+    slow_query_seconds = math.inf
 
-    connection.add_query_logger(log)
+
+def _logging(name: str) -> Callable[..., Awaitable[object]]:
+    run = getattr(Connection, name)
+
+    @wraps(run)
+    async def logging_run(
+        self: LoggingConnection, query: str, *arguments: object, **options: object
+    ) -> object:
+        started = time.perf_counter()
+        try:
+            return await run(self, query, *arguments, **options)
+        finally:
+            _log_if_slow(query, time.perf_counter() - started, self.slow_query_seconds)
+
+    return logging_run
+
+
+for _name in ("execute", "executemany", "fetch", "fetchmany", "fetchrow", "fetchval"):
+    setattr(LoggingConnection, _name, _logging(_name))
 
 
 def _log_if_slow(query: str, seconds: float, threshold_seconds: float) -> None:
