@@ -243,6 +243,8 @@ def redact_known(text: str) -> str:
     secret, as in `password=…` or `<password>…`. Random text that is not certainly a secret, such as
     a digest, is not masked.
     """
+    if len(text) < _MIN_KNOWN_CHARACTERS and text.isalnum():
+        return text  # no form of a secret is so short
     for form in itertools.chain.from_iterable([*_known_secrets.values()]):
         text = text.replace(form.get_secret_value(), MASK)
     # Most texts contain no secret. Fast checks for substrings avoid slow pattern searches.

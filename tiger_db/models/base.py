@@ -104,8 +104,12 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
         values, given = self.__dict__, self.__pydantic_fields_set__
         object.__setattr__(self, "__dict__", state)
         # Set the validated values again, because pydantic bypasses SQLAlchemy's instrumentation.
+        # An attribute that is None by default is no change, so it needs no instrumentation.
         for name, value in values.items():
-            set_attribute(self, name, value)
+            if value is None and name not in given:
+                state[name] = None
+            else:
+                set_attribute(self, name, value)
         object.__setattr__(self, "__pydantic_fields_set__", given)
         for name, value in related.items():
             self._relate(name, value)
