@@ -565,11 +565,29 @@ async def test_missing_privileges_are_reported(clone: Database, guest: Settings)
         "accounts",
         "trading",
         "API keys",
-        "encryption keys",
     ):
         assert results[check].status == "warning"
         assert "permission denied" in results[check].seen
     assert "partition: 12" in results["audit partitions"].seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RoleKind)
+async def test_a_role_that_reads_no_secrets_needs_no_keys(
+    clone: Database, clone_settings: Settings, kind: RoleKind
+) -> None:
+    async with clone.session() as session:
+        await factories.account(session)
+        await factories.api_key(session)
+    without = clone_settings.model_copy(update={"encryption_keys": None, "api_key_peppers": None})
+    needing = ["API key peppers", "API key codes", "encryption keys"]
+    async with granted(clone_settings, kind) as role:
+        results = await doctor.run(connected_as(without, role))
+    problems = [result.check for result in results if result.status == "problem"]
+    assert problems == (needing if kind == RoleKind.APP else [])
+    notes = [result for result in results if result.seen.startswith("not needed: this role may")]
+    expected = [] if kind == RoleKind.APP else [*needing, "Tiger ids"]
+    assert [result.check for result in notes] == expected
 
 
 async def test_a_missing_schema_is_reported(empty_database: Settings) -> None:

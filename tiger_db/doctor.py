@@ -79,12 +79,14 @@ def _checks(settings: Settings) -> dict[str, Check]:
         "trading": accounts.check_trading,
         "API keys": keys.check_api_keys,
         "API key hashes": partial(keys.check_hashes, settings=settings),
-        "API key peppers": partial(keys.check_peppers, settings=settings),
-        "API key codes": partial(keys.check_codes, settings=settings),
+        "API key peppers": keys.unless_unreadable("api_keys", keys.check_peppers, settings),
+        "API key codes": keys.unless_unreadable("api_keys", keys.check_codes, settings),
         "account numbers": accounts.check_account_numbers,
         "readable rows": database.check_readable_rows,
-        "encryption keys": partial(keys.check_encryption_keys, settings=settings),
-        "Tiger ids": partial(keys.check_tiger_ids, settings=settings),
+        "encryption keys": keys.unless_unreadable(
+            "tiger_accounts", keys.check_encryption_keys, settings
+        ),
+        "Tiger ids": keys.unless_unreadable("tiger_accounts", keys.check_tiger_ids, settings),
     }
 
 

@@ -294,7 +294,9 @@ def test_a_month_is_archived_and_verified(
 ) -> None:
     folder = {"AUDIT_ARCHIVE": str(tmp_path)}
     assert "AUDIT_ARCHIVE is not set" in cli.fails("archive-audit", "--month", "2020-01")
-    assert "form YYYY-MM" in cli.fails("archive-audit", "--month", "January", **folder)
+    for month in ("January", "2026-13", "2026-1", "202601", "2026-01-01", "0000-01", ""):
+        message = cli.misused("archive-audit", "--month", month, **folder)
+        assert "Invalid value for --month: give a year and a month, such as 2026-01" in message
     done = cli.ok("archive-audit", "--month", "2020-01", **folder)
     assert done.err == "the database has no events of 2020-01\n"
     done = cli.ok("verify-audit", "--archive", **folder | cli_key())

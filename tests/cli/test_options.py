@@ -1,6 +1,7 @@
 """Options that commands share: choices, secrets, and confirmations."""
 
 import os
+import re
 import signal
 import subprocess
 from enum import StrEnum
@@ -50,6 +51,19 @@ def test_the_help_names_all_results_and_severities_and_groups_of_events() -> Non
         (option,) = audit_events._FILTERS[name].__metadata__
         assert f": {', '.join(enum)}, separated by commas" in option.help
     assert {*audit_events._DIMENSIONS} == {*get_args(EventDimension)}
+
+
+@pytest.mark.parametrize("command", [["grant", "x", "--as"], ["set-account-status", "U1"]])
+def test_an_unknown_choice_is_refused_with_the_choices(
+    bare: CommandLine, command: list[str]
+) -> None:
+    message = bare.misused(*command, "boss")
+    assert re.search("Invalid value for '[^']+': 'boss' is not one of 'a", message)
+
+
+@pytest.mark.parametrize("command", [["grant", "--as", "app"], ["revoke-grants"]])
+def test_a_role_has_a_name(bare: CommandLine, command: list[str]) -> None:
+    assert "Invalid value for 'ROLE': the name is empty" in bare.misused(*command, "")
 
 
 def test_some_options_have_fewer_choices() -> None:

@@ -1,6 +1,7 @@
 """Checks of API keys, peppers and encryption keys."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from sqlalchemy import text
@@ -20,10 +21,34 @@ from tiger_db.keys_in_force import (
     required_key_ring,
     required_peppers,
 )
-from tiger_db.models import TigerAccount
+from tiger_db.models import SECRET_COLUMNS, TigerAccount
 from tiger_db.settings import Settings
 
 T = TypeVar("T")
+
+
+_MAY_READ_SECRETS = text("""
+SELECT bool_or(has_column_privilege(attrelid, attnum, 'SELECT')) FROM pg_attribute
+WHERE attrelid = to_regclass(:table) AND attname = ANY (CAST(:columns AS text[]))
+""")
+
+
+def unless_unreadable(
+    table: str, check: Callable[[AsyncConnection, Settings], Awaitable[Outcome]], settings: Settings
+) -> Callable[[AsyncConnection], Awaitable[Outcome]]:
+    """Return a check that passes if the current role may read no secret of the table.
+
+    An auditor or a sealer, for example, needs neither encryption keys nor peppers.
+    """
+    columns = {"table": table, "columns": sorted(SECRET_COLUMNS[table])}
+
+    async def check_if_readable(connection: AsyncConnection) -> Outcome:
+        if await connection.scalar(_MAY_READ_SECRETS, columns):
+            return await check(connection, settings)
+        seen = f"not needed: this role may not read the secrets in the table {table}"
+        return Outcome("ok", seen)
+
+    return check_if_readable
 
 
 def _unusable(error: TigerDBError, keys: KeySetting[T]) -> Outcome:

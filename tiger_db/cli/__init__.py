@@ -11,6 +11,7 @@ import sys
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from tiger_db.cli import (
     accounts,
@@ -28,10 +29,22 @@ from tiger_db.cli import (
 from tiger_db.cli.output import print_message
 from tiger_db.cli.runtime import SIGTERM_EXIT_CODE, actor_name, describe_error, exit_on_sigterm
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # the same class
+        """Run a command. Messages about values begin without the prefix that pydantic adds."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 _SIGPIPE_EXIT_CODE = 141  # 128 + SIGPIPE, which Python does not have on Windows
 
 app = typer.Typer(
     name="tiger-db",
+    cls=_Commands,
     help="Manage accounts, API keys, the audit trail and token refreshes of a Tiger Brokers MCP"
     " system.",
     epilog="Environment variables select the database: DATABASE_URL, or DB_HOST, DB_PORT, DB_NAME,"

@@ -276,6 +276,7 @@ def archive_audit(
 
     `maintain-audit` does this itself before it removes a month.
     """
+    month = options.parse_month(month, "--month")
     with output.progress("Archiving") as update:
 
         def progress(done: int, total: int | None) -> None:

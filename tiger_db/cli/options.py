@@ -4,7 +4,7 @@ import getpass
 import re
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -104,6 +104,16 @@ def parse_tags(texts: Sequence[str]) -> "list[Tag]":
 def split_words(text: str | None) -> list[str]:
     """Split a text at commas, and strip white space from each word."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def parse_month(text: str, option: str) -> str:
+    """Return a month such as 2026-01 unchanged. Raise BadParameter for another text."""
+    try:
+        date.fromisoformat(f"{text}-01")
+    except ValueError:
+        message = "give a year and a month, such as 2026-01"
+        raise typer.BadParameter(message, param_hint=option) from None
+    return text
 
 
 def parse_time(text: str, option: str) -> datetime:

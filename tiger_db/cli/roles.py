@@ -9,7 +9,18 @@ from tiger_db.cli import output, runtime
 from tiger_db.cli.database import PANEL, with_engine
 
 app = typer.Typer()
-RoleArgument = Annotated[str, typer.Argument(metavar="ROLE", help="Name of the database role.")]
+
+
+def _check_name(role: str) -> str:
+    if not role:
+        raise typer.BadParameter("the name is empty")
+    return role
+
+
+RoleArgument = Annotated[
+    str,
+    typer.Argument(metavar="ROLE", help="Name of the database role.", callback=_check_name),
+]
 
 
 @app.command(rich_help_panel=PANEL)
