@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.archives import before, database, events, folder, other
+from tests.support.archives import before, database, events, folder, other, rewrite
 from tiger_db import Database, audit
 from tiger_db.audit import FindingKind
 
@@ -39,10 +39,18 @@ async def test_a_file_with_other_types_does_not_end_the_verification(
     database: Database, before: list[str], folder: Path, values: tuple[list[Any], list[Any]]
 ) -> None:
     import pyarrow as pa  # noqa: PLC0415  # an extra
-    from pyarrow import parquet  # noqa: PLC0415
 
-    table = pa.table({"position": values[0], "content": values[1]})
-    name = events(folder, 14).with_name("events-7-9.parquet")
-    parquet.write_table(table.replace_schema_metadata({"tiger_db.origin": ""}), name)
+    path = events(folder, 14)
+    added = path.with_name(f"events-{7:019}-{7:019}.parquet")
+    shutil.copy(path, added)
+
+    def change(table: Any) -> Any:
+        table = table.slice(0, 1)
+        for name, column in zip(("position", "content"), values, strict=True):
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, name, pa.array(column))
+        return table
+
+    rewrite(added, change)
     (finding,) = (await audit.verify(database, archive=True)).findings
     assert "of the file has another type" in finding.message

@@ -102,7 +102,7 @@ def add_forged(folder: Path) -> list[str]:
 
     rewrite(forged, change)
     name = forged.relative_to(folder)
-    return [f"{name}: no retirement has signed the file, and it differs from the seals"]
+    return [f"{name}: the events differ from the seals"]
 
 
 def add_foreign(folder: Path) -> list[str]:
@@ -133,7 +133,7 @@ def add_other_files(folder: Path) -> list[str]:
     (folder / "month=2020-01" / "events-1.parquet").write_text("no Parquet")
     return [
         "copy.parquet: the file does not belong to the archive",
-        "month=2020-01/events-1.parquet: the file is not a Parquet file",
+        "month=2020-01/events-1.parquet: the name is not that of an archived file",
     ]
 
 

@@ -6,12 +6,14 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 from uuid import UUID
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support import factories
 from tests.support.archives import (
@@ -23,10 +25,11 @@ from tests.support.archives import (
     retire_two_months,
 )
 from tests.support.months import month, partition, put
-from tests.support.trail import FIELDS, fetch_seals, stored_events
+from tests.support.trail import FIELDS, fetch_seals, insert_seal, stored_events
 from tiger_db import Database, audit, crud, errors
 from tiger_db.audit import archive_files, archiving
 from tiger_db.audit.event_content import CONTENT_COLUMNS
+from tiger_db.audit.seal_format import MerkleTree, digest_of
 from tiger_db.audit.storage import Connection
 
 __all__ = ["database", "folder", "other"]  # fixtures
@@ -134,6 +137,13 @@ async def test_a_month_can_be_archived_by_hand_and_grow_afterwards(
     with pytest.raises(errors.InvalidState, match="events that are not sealed"):
         await audit.archive(database, month(14))
     await audit.seal(database)
+    found = await audit.verify(database, archive=True)
+    assert found.findings == []
+    (warning,) = [one for one in found.warnings if one.kind is audit.FindingKind.ARCHIVE]
+    assert warning.message == (
+        f"month={month(14)}: events of the month were written after it was archived: run"
+        f" `tiger-db archive-audit --month {month(14)}`"
+    )
     assert (await audit.maintain(database)).retired == [month(14), month(13)]
     replaced = [name for name in files_in(folder) if "/.replaced-" in name]
     assert len(replaced) == 2
@@ -143,6 +153,40 @@ async def test_a_month_can_be_archived_by_hand_and_grow_afterwards(
     found = await audit.verify(database, archive=True)
     assert (found.findings, found.archived) == ([], 7)
     assert replaced[0] in found.basis[-1]
+
+
+@pytest.mark.slow
+async def test_only_seals_of_the_verified_chain_are_archived(
+    database: Database, other: Connection, folder: Path
+) -> None:
+    await put_old_months(database, other)
+    for minute in range(2):  # the last two seals are always verified, and the first one is not
+        await put(other, 0, 1, minute=minute)
+        await audit.seal(database)
+    ((_, seal),) = await fetch_seals(other, 0, 1)
+    await other.execute("UPDATE audit_logs SET user_id = 'mallory' WHERE position = 2")
+    leaves = [(at, digest_of(content)) for at, content in await stored_events(other, 1, 6)]
+    await other.execute("DELETE FROM audit_seals WHERE number = 1")
+    payload = replace(seal.payload(), root=MerkleTree(leaves).root)
+    digests = b"".join(digest for _, digest in leaves)
+    await insert_seal(other, Ed25519PrivateKey.generate(), payload, digests)
+    with pytest.raises(errors.InvalidState, match="seal 1 or seal 2 was replaced"):
+        await audit.archive(database, month(14))
+    assert files_in(folder) == []
+
+    await other.execute("UPDATE audit_logs SET user_id = NULL WHERE position = 2")
+    await other.execute("DELETE FROM audit_seals WHERE number = 1")
+    await insert_seal(other, Ed25519PrivateKey.generate(), seal.payload(), seal.digests)
+    with pytest.raises(errors.InvalidState, match="the signature of seal 1 is not valid"):
+        await audit.archive(database, month(14))
+    assert files_in(folder) == []
+
+    await other.execute("UPDATE audit_seals SET signature = $1 WHERE number = 1", seal.signature)
+    assert await audit.archive(database, month(14)) is not None
+    unsigned = database.settings.model_copy(update={"audit_signing_key": None})
+    async with Database(unsigned) as without:
+        with pytest.raises(errors.ConfigurationError, match="AUDIT_SIGNING_KEY is not set"):
+            await audit.archive(without, month(14))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support import factories
-from tests.support.trail import exported, fetch_seals, insert_seal
+from tests.support.trail import exported, fetch_seals, insert_seal, restore
 from tiger_db import AuditAction, Database, Settings, audit, crud
 from tiger_db.audit import FindingKind, RecordedRestore, Seal
 from tiger_db.audit.checkpoints import checkpoint_numbers, load_checkpoint
@@ -44,13 +44,6 @@ async def database(key_settings: Settings, folder: Path) -> AsyncIterator[Databa
 async def log(database: Database, count: int = 1) -> None:
     async with database.session() as session:
         await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(count)])
-
-
-async def restore(superuser: Connection, seal: int, position: int) -> None:
-    """Leave in the database what an earlier moment had."""
-    await superuser.execute("DELETE FROM audit_seals WHERE number > $1", seal)
-    await superuser.execute("DELETE FROM audit_logs WHERE position > $1", position)
-    await superuser.execute("SELECT setval('audit_logs_position_seq', $1)", max(position, 1))
 
 
 async def test_sealing_goes_on_after_a_recorded_restore(

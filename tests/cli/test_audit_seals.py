@@ -292,14 +292,14 @@ def test_sealing_goes_on_after_a_restore(
 def test_a_month_is_archived_and_verified(
     cli: CommandLine, clone_settings: Settings, tmp_path: Path
 ) -> None:
-    folder = {"AUDIT_ARCHIVE": str(tmp_path)}
+    folder = {"AUDIT_ARCHIVE": str(tmp_path)} | cli_key()
     assert "AUDIT_ARCHIVE is not set" in cli.fails("archive-audit", "--month", "2020-01")
     for month in ("January", "2026-13", "2026-1", "202601", "2026-01-01", "0000-01", ""):
         message = cli.misused("archive-audit", "--month", month, **folder)
         assert "Invalid value for --month: give a year and a month, such as 2026-01" in message
     done = cli.ok("archive-audit", "--month", "2020-01", **folder)
     assert done.err == "the database has no events of 2020-01\n"
-    done = cli.ok("verify-audit", "--archive", **folder | cli_key())
+    done = cli.ok("verify-audit", "--archive", **folder)
     assert "of which 0 are in the archive" in done.err
     assert f"archive: {tmp_path}: 0 signed files, 0 retired events" in done.err
 

@@ -83,6 +83,11 @@ def events(folder: Path, ago: int) -> Path:
     return path
 
 
+def seals(folder: Path, ago: int) -> Path:
+    (path,) = folder.glob(f"month={month(ago)}/_seals-*")
+    return path
+
+
 def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
     """Replace the table in a file."""
     from pyarrow import parquet  # noqa: PLC0415  # an extra
@@ -94,4 +99,6 @@ def replace_column(table: Any, name: str, values: list[Any]) -> Any:
     import pyarrow as pa  # noqa: PLC0415
 
     at = table.schema.get_field_index(name)
-    return table.set_column(at, table.schema.field(at), pa.array(values))
+    return table.set_column(
+        at, table.schema.field(at), pa.array(values, table.schema.field(at).type)
+    )

@@ -154,6 +154,13 @@ async def insert_seal(
     )
 
 
+async def restore(superuser: Connection, seal: int, position: int) -> None:
+    """Remove all later seals and events, as a restore of an earlier backup does."""
+    await superuser.execute("DELETE FROM audit_seals WHERE number > $1", seal)
+    await superuser.execute("DELETE FROM audit_logs WHERE position > $1", position)
+    await superuser.execute("SELECT setval('audit_logs_position_seq', $1)", max(position, 1))
+
+
 async def exported(database: Database, **options: Any) -> list[str]:
     return [line async for line in audit.export(database, **options)]
 

@@ -29,6 +29,7 @@ ROWS_PER_GROUP = (
 )
 REPLACED = ".replaced-"  # Prefix of the names of files of interrupted attempts.
 _NAME = re.compile(r"month=(\d{4}-\d\d)/(\w[\w-]*\.parquet)", re.ASCII)
+_EXTENT = re.compile(r"(?:events|_seals)-(\d{19})-(\d{19})\.parquet", re.ASCII)
 _ORIGIN = b"tiger_db.origin"  # Key of the origin of the audit trail in the metadata of a file.
 _CHUNK_BYTES = 2**20
 _SEALS_PER_BATCH = 20  # A seal can have 320 kB of digests.
@@ -153,6 +154,17 @@ def parse_name(name: str) -> tuple[str, str] | None:
     """Return the month and the rest of the name of an archived file, or None for other files."""
     found = _NAME.fullmatch(name)
     return (found[1], found[2]) if found else None
+
+
+def extent_in(name: str) -> tuple[int, int] | None:
+    """Return the first and last position in the name of an archived file, or None."""
+    found = _EXTENT.fullmatch(name.rpartition("/")[2])
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def is_of_seals(name: str) -> bool:
+    """Return whether an archived file has seals, according to its name."""
+    return "/_seals-" in name
 
 
 def is_leftover(name: str) -> bool:
@@ -293,11 +305,26 @@ def read_events(file: IO[bytes]) -> Iterator[Event]:
     yield from _read(file, ("position", "content"), ROWS_PER_GROUP // 4)
 
 
+def read_event_rows(file: IO[bytes]) -> Iterator[Row]:
+    """Yield the rows of a file of events, with all columns, in the order of `event_schema`."""
+    names = event_schema("").names
+    if _open_parquet(file).schema_arrow.names != names:
+        raise InvalidValue("the file does not have the columns of an archived file")
+    yield from _read(file, tuple(names), ROWS_PER_GROUP // 4)
+
+
 def read_seals(file: IO[bytes]) -> Iterator[Seal]:
     for number, statement, signature, digests in _read(
         file, tuple(seal_schema("").names), _SEALS_PER_BATCH
     ):
         yield Seal(statement, signature, digests, number)
+
+
+def seal_bytes(seal: Seal) -> bytes:
+    """Return all columns of a seal as bytes, from which a digest of several seals is made."""
+    statement = seal.payload_json.encode()
+    head = f"{seal.row_number} {len(statement)} {len(seal.signature)} {len(seal.digests)} "
+    return head.encode() + statement + seal.signature + seal.digests
 
 
 def _read(file: IO[bytes], columns: tuple[str, ...], batch: int) -> Iterator[tuple[Any, ...]]:

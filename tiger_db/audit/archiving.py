@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -21,11 +21,13 @@ from tiger_db.audit.archive_files import (
     Row,
     event_row,
     event_schema,
+    is_of_seals,
     open_archive,
     origin_of,
     parse_name,
     read_events,
     read_seals,
+    seal_bytes,
     seal_schema,
 )
 from tiger_db.audit.months import (
@@ -38,6 +40,7 @@ from tiger_db.audit.months import (
     seals_between,
 )
 from tiger_db.audit.seal_format import ArchivedFile, MerkleTree, Seal, digest_of
+from tiger_db.audit.sealer import Sealer, check_clocks, required_key
 from tiger_db.audit.storage import Connection
 from tiger_db.database import Database
 from tiger_db.errors import (
@@ -50,6 +53,7 @@ from tiger_db.errors import (
 from tiger_db.files import UNFINISHED
 from tiger_db.migrations.locks import lock_key
 from tiger_db.public import Progress, no_progress, public
+from tiger_db.signing import parse_public_key
 
 ROWS_PER_FILE = 1_000_000
 _SEAL_BYTES_PER_GROUP = 8 * 2**20
@@ -79,29 +83,36 @@ async def archive(
 ) -> ArchivedMonth | None:
     """Write the events of a month such as `2026-01` to the archive, and leave them in the database.
 
-    `maintain` does the same before it retires a month. All events of the month must be sealed. The
-    files are written under temporary names, are read back, and must match the seals. A repeated
-    call replaces no file that a retirement has signed, and deletes no file. Return None if the
-    database has no events of the month. The memory use does not depend on the number of events.
-    `archive` calls `progress` with the number of events that were written or read back, and with
-    the total of both.
+    `maintain` does the same before it retires a month. All events of the month must be sealed, and
+    the seals must belong to the chain that `AUDIT_SIGNING_KEY` continues. The files are written
+    under temporary names, are read back, and must match the seals. A repeated call replaces no file
+    that a retirement has signed, and deletes no file. Return None if the database has no events of
+    the month. The memory use does not depend on the number of events. `archive` calls `progress`
+    with the number of events that were written or read back, and with the total of both.
 
     Raises:
         InvalidValue: `month` is not a month, or has not ended.
-        ConfigurationError: `AUDIT_ARCHIVE` is not set, or pyarrow is not installed.
+        ConfigurationError: `AUDIT_ARCHIVE` or `AUDIT_SIGNING_KEY` is not set, or the key is not the
+            key in force, or pyarrow is not installed.
         DatabaseUnavailable: Another session is writing to the archive.
-        FileError: A file cannot be written or read back.
-        InvalidState: The events are not sealed or differ from the seals, or the month has no
-            partition, or the archive has files of another audit trail.
+        FileError: A file cannot be written or read back, or the folder `AUDIT_CHECKPOINTS` cannot
+            be read or written.
+        InvalidState: The events are not sealed or differ from the seals, the chain of seals is
+            broken, the month has no partition, the archive has files of another audit trail, or the
+            clocks of the database and of this machine differ by more than a minute.
     """
     if _MONTH.fullmatch(month) is None:
         raise InvalidValue("the month must have the form YYYY-MM, such as 2026-01")
     files = await open_configured(database)
+    key, folder = await required_key(database), database.settings.audit_checkpoints
     async with storage.open_connection(database) as connection:
-        if month >= f"{await storage.fetch_clock(connection):%Y-%m}":
+        now = await storage.fetch_clock(connection)
+        check_clocks(now, datetime.now(UTC), "no month is archived")
+        if month >= f"{now.astimezone(UTC):%Y-%m}":
             raise InvalidValue(f"the month {month} has not ended")
+        sealer = await Sealer.open(connection, key, folder)
         try:
-            return await archive_month(connection, files, month, progress=progress)
+            return await archive_month(sealer, files, month, progress=progress)
         except ArchiveBusyError as error:
             raise DatabaseUnavailable(str(error)) from None
         except CannotRetireError as error:
@@ -119,26 +130,27 @@ async def open_configured(database: Database) -> Archive:
 
 
 async def archive_month(
-    connection: Connection,
+    sealer: Sealer,
     archive: Archive,
     month: str,
     *,
     written_before: datetime | None = None,
     progress: Progress = no_progress,
 ) -> ArchivedMonth | None:
-    """Write a month to the archive. See `archive`.
+    """Write a month to the archive, with seals that belong to the verified chain. See `archive`.
 
     Raises:
         ArchiveBusyError: Another session is writing to the archive.
         CannotRetireError: The events are not sealed or differ from the seals.
+        InvalidState: The chain of seals is broken.
     """
+    connection, chain = sealer.connection, sealer.chain
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         if not await connection.fetchval(_TAKE_ARCHIVE_LOCK):
             raise ArchiveBusyError("another session is writing to the archive: try again later")
-        last = await storage.fetch_last_seal(connection)
-        newest = None if last is None else last.payload()
+        await sealer.catch_up()
         found = await find_sealed_month(
-            connection, month, newest.upto if newest else 0, written_before=written_before
+            connection, month, chain.upto, written_before=written_before
         )
         if found is None:
             return None
@@ -146,14 +158,16 @@ async def archive_month(
             file for seal in await fetch_retirements(connection)
             for file, _, _ in seal.payload().archive or ()
         }  # fmt: skip
-        origin = (newest.origin if newest else None) or ""
-        writer = _MonthWriter(archive, month, origin, signed, (progress, 2 * found.count))
+        writer = _MonthWriter(
+            archive, month, chain.origin or "", signed, (progress, 2 * found.count)
+        )
         # The single thread finishes its work before `abort` runs, also if the task is cancelled.
         with ThreadPoolExecutor(1) as thread:
             run = partial(asyncio.get_running_loop().run_in_executor, thread)
             try:
                 await run(writer.check_folder)
-                await _write_events(connection, writer, found, run)
+                past = await _write_events(connection, writer, found, run)
+                await sealer.check_past(past)
                 await _write_seals(connection, writer, found, run)
                 files = await run(writer.finish)
             finally:
@@ -163,9 +177,10 @@ async def archive_month(
 
 async def _write_events(
     connection: Connection, writer: "_MonthWriter", month: SealedMonth, run: Runner
-) -> None:
-    rows: list[Row] = []
-    async with aclosing(sealed_events(connection, month, {})) as events:
+) -> dict[int, str]:
+    """Write the events. Return the digests of the payloads of their seals, by seal number."""
+    rows, past = list[Row](), dict[int, str]()
+    async with aclosing(sealed_events(connection, month, past)) as events:
         async for event, digest in events:
             writer.add(event[0], digest)
             rows.append(event_row(event))
@@ -174,14 +189,21 @@ async def _write_events(
                 rows = []
     if rows:
         await run(writer.write_events, rows)
+    return past
 
 
 async def _write_seals(
     connection: Connection, writer: "_MonthWriter", month: SealedMonth, run: Runner
 ) -> None:
+    """Write the seals, whose payloads have been verified, and verify their signatures."""
     seals: list[Seal] = []
     size = 0
     async for seal in seals_between(connection, month.first, month.last, whole_chain=True):
+        payload = seal.payload()
+        if not seal.is_signed_by([parse_public_key(payload.key)]):
+            raise CannotRetireError(
+                f"the signature of seal {payload.number} is not valid: run `tiger-db verify-audit`"
+            )
         seals.append(seal)
         size += len(seal.digests) + len(seal.payload_json)
         if size >= _SEAL_BYTES_PER_GROUP:
@@ -216,16 +238,10 @@ class _Part:
                             progress(done + tree.count, total)
                 else:
                     for seal in read_seals(copy):
-                        seals.update(_seal_bytes(seal))
+                        seals.update(seal_bytes(seal))
             same = (tree.root, tree.positions) == (self.tree.root, self.tree.positions)
             if not same or seals.digest() != self.seals.digest() or digest != self.file.digest:
                 raise FileError(f"the archive: {name}: the file is not the one that was written")
-
-
-def _seal_bytes(seal: Seal) -> bytes:
-    statement = seal.payload_json.encode()
-    head = f"{seal.row_number} {len(statement)} {len(seal.signature)} {len(seal.digests)} "
-    return head.encode() + statement + seal.signature + seal.digests
 
 
 class _MonthWriter:
@@ -284,7 +300,7 @@ class _MonthWriter:
         part = self._parts[-1]
         part.file.add([(s.row_number, s.payload_json, s.signature, s.digests) for s in seals])
         for seal in seals:
-            part.seals.update(_seal_bytes(seal))
+            part.seals.update(seal_bytes(seal))
 
     def _begin(self, schema: object) -> None:
         if self._parts:
@@ -309,16 +325,24 @@ class _MonthWriter:
         files = {_name(self._month, part.tree, self.tree): part for part in self._parts}
         if names := files.keys() & self._signed:
             raise InvalidState(f"the archive: a retirement has signed {min(names)} already")
-        for name in self._archive.names(self._month):
-            if parse_name(name) is None or name in self._signed:
-                continue
-            if name in files and self._archive.digest(name) == files[name].file.digest:
-                continue
-            head, _, tail = name.rpartition("/")
-            self._archive.move(name, f"{head}/{REPLACED}{secrets.token_hex(4)}-{tail}")
-        present = set(self._archive.names(self._month))
+        present = [
+            name for name in self._archive.names(self._month)
+            if parse_name(name) is not None and name not in self._signed
+        ]  # fmt: skip
+        kept = {
+            name for name in present
+            if name in files and self._archive.digest(name) == files[name].file.digest
+        }  # fmt: skip
+        # The file of seals, which sorts first, is renamed first and written last. While a file of
+        # the month is missing, there is no file of seals.
+        if kept != files.keys():
+            kept = {name for name in kept if not is_of_seals(name)}
+        for name in present:
+            if name not in kept:
+                head, _, tail = name.rpartition("/")
+                self._archive.move(name, f"{head}/{REPLACED}{secrets.token_hex(4)}-{tail}")
         for name, part in files.items():
-            if name not in present:
+            if name not in kept:
                 self._archive.move(part.file.unfinished, name)
             if self._archive.digest(name) != part.file.digest:
                 raise FileError(f"the archive: {name}: the file is not the one that was written")

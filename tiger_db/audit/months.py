@@ -3,12 +3,12 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import MAXYEAR, UTC, datetime, timedelta
 from uuid import UUID
 
 from tiger_db.audit import storage
 from tiger_db.audit.event_content import Event
-from tiger_db.audit.seal_format import MerkleTree, Seal, digest_of
+from tiger_db.audit.seal_format import MerkleTree, PositionRanges, Seal, digest_of
 from tiger_db.audit.storage import Connection
 
 NOT_SEALED = "the month holds events that are not sealed: run `tiger-db seal-audit`"
@@ -36,6 +36,12 @@ SELECT statement, signature, digests, number FROM audit_seals
 WHERE number > 0 AND statement::jsonb ? text 'retired' ORDER BY number
 """
 _SELECT_POSITIONS = "SELECT position FROM audit_logs WHERE position BETWEEN $1 AND $2"
+# Consecutive positions have the same difference from their row numbers.
+_SELECT_RANGES = """
+SELECT min(position), max(position)
+FROM (SELECT position, position - row_number() OVER (ORDER BY position) AS run FROM {}) AS runs
+GROUP BY run ORDER BY 1
+"""
 _HAS_EVENTS = "SELECT EXISTS (SELECT FROM audit_logs WHERE id >= $1 AND id < $2)"
 _PREFETCHED_SEALS = 20
 
@@ -53,7 +59,15 @@ def partition_of(month: str) -> str:
     return f"audit_logs_{month.replace('-', '_')}"
 
 
-def _first_id(at: datetime) -> UUID:
+def bounds_of(month: str) -> tuple[datetime, datetime]:
+    """Return the start of a month, and of the next month. Raise ValueError for another text."""
+    start = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
+    if start.year == MAXYEAR:
+        raise ValueError(month)
+    return start, (start + timedelta(days=31)).replace(day=1)
+
+
+def first_id(at: datetime) -> UUID:
     """Return the smallest UUIDv7 with a time."""
     return UUID(int=max(0, int(at.timestamp() * 1000)) << 80)
 
@@ -81,8 +95,7 @@ async def find_sealed_month(
     """
     partition = partition_of(month)
     if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
-        start = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
-        ids = [_first_id(at) for at in (start, (start + timedelta(days=31)).replace(day=1))]
+        ids = [first_id(at) for at in bounds_of(month)]
         if await connection.fetchval(_HAS_EVENTS, *ids):
             raise CannotRetireError(
                 "the month has no partition: run `tiger-db maintain-audit`, which makes it"
@@ -101,6 +114,14 @@ async def find_sealed_month(
     if last > upto:
         raise CannotRetireError(NOT_SEALED)
     return SealedMonth(partition, first, last, count)
+
+
+async def fetch_ranges(connection: Connection, month: str) -> list[tuple[int, int]]:
+    """Return the positions of the events in the partition of a month, as ranges."""
+    partition = partition_of(month)
+    if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
+        return []
+    return [(low, high) for low, high in await connection.fetch(_SELECT_RANGES.format(partition))]
 
 
 async def fetch_retirements(connection: Connection) -> list[Seal]:
@@ -172,3 +193,15 @@ async def seals_between(
     query = _SELECT_CHAIN if whole_chain else _SELECT_COVERING_SEALS
     async for row in connection.cursor(query, first, last, prefetch=_PREFETCHED_SEALS):
         yield Seal(*row)
+
+
+async def sealed_root(connection: Connection, positions: PositionRanges) -> str:
+    """Return the root of the Merkle tree of the events at the positions, according to the seals."""
+    tree, at = MerkleTree(), 0
+    async for seal in seals_between(connection, positions[0][0], positions[-1][1]):
+        for position, digest in seal.event_digests(seal.payload()):
+            while at < len(positions) and positions[at][1] < position:
+                at += 1
+            if at < len(positions) and positions[at][0] <= position:
+                tree.add(position, digest)
+    return tree.root

@@ -109,7 +109,7 @@ async def maintain(database: Database, *, progress: Progress = no_progress) -> M
                             connection,
                             partial(
                                 archive_month,
-                                connection,
+                                sealer,
                                 files,
                                 month,
                                 written_before=kept_from,

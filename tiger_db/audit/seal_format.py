@@ -97,6 +97,33 @@ def positions_in(ranges: PositionRanges) -> Iterator[int]:
         yield from range(first, last + 1)
 
 
+def subtract_ranges(
+    runs: list[tuple[int, int, int]], ranges: PositionRanges
+) -> tuple[list[tuple[int, int, int]], PositionRanges]:
+    """Return the runs without the positions of the ranges, and the positions of both.
+
+    Runs and ranges are in ascending order. The third item of a run is the number of its seal.
+    """
+    rest: list[tuple[int, int, int]] = []
+    removed: list[tuple[int, int]] = []
+    ordered, at = sorted(ranges), 0
+    for run_first, last, seal in runs:
+        first = run_first
+        while at < len(ordered) and ordered[at][1] < first:
+            at += 1
+        index = at
+        while first <= last and index < len(ordered) and ordered[index][0] <= last:
+            low, high = max(ordered[index][0], first), min(ordered[index][1], last)
+            if low > first:
+                rest.append((first, low - 1, seal))
+            removed.append((low, high))
+            first = high + 1
+            index += 1
+        if first <= last:
+            rest.append((first, last, seal))
+    return rest, tuple(removed)
+
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Origin = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Int64 = Annotated[int, Field(gt=-(2**63) + 1, lt=2**63 - 1)]

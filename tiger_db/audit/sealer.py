@@ -163,11 +163,13 @@ class Sealer:
         rows = self.connection.cursor(_SELECT_STATEMENTS, number, self.chain.number, prefetch=1000)
         async for row in rows:
             seal = Seal(*row)
-            digest = seal.payload_digest
+            digest, payload = seal.payload_digest, seal.payload()
+            if payload.lost is not None:  # the numbers of lost seals are not used again
+                number = max(number, payload.number)
             if (
                 seal.row_number != number
                 or digests.get(number, digest) != digest
-                or (previous is not None and seal.payload().previous != previous)
+                or (previous is not None and payload.previous != previous)
             ):
                 break
             number, previous = number + 1, digest

@@ -11,18 +11,19 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tiger_db.audit import storage
-from tiger_db.audit.archive_reading import ArchiveReport, describe_archive, verify_archive
+from tiger_db.audit.archive_unretired import ArchiveReport
+from tiger_db.audit.archive_verifying import describe_archive, verify_archive
 from tiger_db.audit.archiving import open_configured
 from tiger_db.audit.chain import AuditFinding, ChainVerifier, FindingKind
 from tiger_db.audit.checkpoints import newest_checkpoint
 from tiger_db.audit.event_content import Event, event_id_in
 from tiger_db.audit.exporting import read_export
 from tiger_db.audit.seal_format import (
-    PositionRanges,
     Seal,
     SealPayload,
     digest_of,
     positions_in,
+    subtract_ranges,
 )
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, InvalidValue
@@ -72,9 +73,9 @@ async def verify(
 
     If `archive` is true, `verify` also verifies the files in `AUDIT_ARCHIVE`: the files that
     retirements have signed must be there unchanged, and must have exactly the retired events, as
-    they were sealed. All other Parquet files are findings, except sealed events of months that are
-    not retired yet. After the database, `verify` calls `progress` with the number of verified
-    archived events, and with the number of all archived events.
+    they were sealed. The files of a month that is not retired yet must be as `archive` writes them.
+    All other files are findings. After the database, `verify` calls `progress` with the number of
+    verified archived events, and with the number of all archived events.
 
     The signing keys of the seals must follow from one of the `keys`, by default from
     `AUDIT_SIGNING_KEY`. `verify` compares the seals with the given checkpoint, which must have been
@@ -110,9 +111,13 @@ async def verify(
         progress(total, total)
         archived = None
         if files is not None:
-            origin = verifier.chain.origin
             archived = await verify_archive(
-                connection, files, verifier.retirements, origin, progress
+                database,
+                connection,
+                files,
+                verifier.chain,
+                payloads=verifier.retirements,
+                progress=progress,
             )
     if archived is not None:
         verifier.add_archive(archived)
@@ -268,6 +273,7 @@ class TrailVerifier:
     def add_archive(self, archived: ArchiveReport) -> None:
         """Add the findings about the files of the archive."""
         self._report.archived = archived.events
+        self._report.warnings += archived.warnings
         for position, finding in archived.findings:
             self._find(position, finding)
 
@@ -293,13 +299,13 @@ class TrailVerifier:
         """Accept that the events of a retired month are missing. Report those that are there."""
         self._report.retired += payload.event_count
         self.retirements.append(payload)
-        self._missing, gone = _subtract(self._missing, payload.positions)
+        self._missing, gone = subtract_ranges(self._missing, payload.positions)
         for position in positions_in(gone):
             self._missing_digests.pop(position, None)
         if self._has_archive and payload.archive is not None:
             return
-        there, _ = _subtract([(first, last, 0) for first, last in payload.positions], gone)
-        there, _ = _subtract(there, tuple(self.chain.missing))
+        there, _ = subtract_ranges([(first, last, 0) for first, last in payload.positions], gone)
+        there, _ = subtract_ranges(there, tuple(self.chain.missing))
         for position in positions_in(tuple((first, last) for first, last, _ in there)):
             changed = self._mismatches.pop(position, None)
             if changed is None:
@@ -440,33 +446,6 @@ class TrailVerifier:
         """Add a finding, which is listed after the findings at lower positions."""
         self._report.count += 1
         self._findings.append((position, finding))
-
-
-def _subtract(
-    runs: list[tuple[int, int, int]], ranges: PositionRanges
-) -> tuple[list[tuple[int, int, int]], PositionRanges]:
-    """Return the runs without the positions of the ranges, and the positions of both.
-
-    Runs and ranges are in ascending order. The third item of a run is the number of its seal.
-    """
-    rest: list[tuple[int, int, int]] = []
-    removed: list[tuple[int, int]] = []
-    ordered, at = sorted(ranges), 0
-    for run_first, last, seal in runs:
-        first = run_first
-        while at < len(ordered) and ordered[at][1] < first:
-            at += 1
-        index = at
-        while first <= last and index < len(ordered) and ordered[index][0] <= last:
-            low, high = max(ordered[index][0], first), min(ordered[index][1], last)
-            if low > first:
-                rest.append((first, low - 1, seal))
-            removed.append((low, high))
-            first = high + 1
-            index += 1
-        if first <= last:
-            rest.append((first, last, seal))
-    return rest, tuple(removed)
 
 
 def _lower_bound(time: str | None) -> str:
