@@ -236,21 +236,14 @@ async def test_an_idle_transaction_is_ended_with_a_typed_error(
         with pytest.raises(DatabaseUnavailable) as caught:
             async with database.session() as session:
                 await factories.account(session)
-                pid = await pid_of(session)
-
-                async def is_gone() -> bool:
-                    connection = await connect(clone.settings)
-                    try:
-                        return not await connection.fetchval(
-                            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)", pid
-                        )
-                    finally:
-                        await connection.close()
-
+                raw = await (await session.connection()).get_raw_connection()
+                driver = raw.driver_connection
+                assert driver is not None
                 if blocked:  # asyncpg reads the server's message only after the next statement
                     time.sleep(0.3)  # noqa: ASYNC251
-                else:
-                    await until(is_gone)
+                else:  # the next statement comes as soon as asyncpg has read the end
+                    while not driver.is_closed():  # noqa: ASYNC110
+                        await asyncio.sleep(0)
                 await factories.account(session)
         assert not isinstance(caught.value, OutcomeUnknown)
         assert "\n" not in str(caught.value)

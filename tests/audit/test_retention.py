@@ -1,7 +1,6 @@
 """Creation of months ahead of time, and retirement of sealed months."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -104,7 +103,6 @@ class Writers:
         self._how = [self._logs, self._logs, self._records, self._copies]
         self._how += [self._strays] if strays else []
         self.written: set[UUID] = set()
-        self.longest = 0.0  # seconds that one took
         self._over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -129,9 +127,7 @@ class Writers:
 
     async def _loop(self, how: Callable[[], Awaitable[set[UUID]]]) -> None:
         while not self._over.is_set():
-            started = time.monotonic()
             self.written |= await how()
-            self.longest = max(self.longest, time.monotonic() - started)
 
     async def _logs(self) -> set[UUID]:
         async with self.database.session() as session:
@@ -521,14 +517,13 @@ async def test_maintenance_gives_way_to_a_long_transaction(
         await transaction.start()
         count = await reader.fetchval("SELECT count(*) FROM audit_logs")
         async with Writers(database) as writers:
-            started = time.monotonic()
+            written = len(writers.written)
             with pytest.raises(
                 DatabaseUnavailable, match=rf"in use by .*process {reader.get_server_pid()} "
             ):
-                await audit.maintain(keeper)
-            assert time.monotonic() - started < 3
+                await audit.maintain(keeper)  # ends although the reader's transaction does not
+            assert len(writers.written) > written
             await writers.more()
-        assert writers.longest < 2
         assert (await partitions(other)).keys() == before.keys()
         assert await reader.fetchval("SELECT count(*) FROM audit_logs") == count
         await transaction.commit()

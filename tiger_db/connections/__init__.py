@@ -177,7 +177,7 @@ class _Connection(LoggingConnection):
     """A connection that resets `search_path` at the start of each transaction."""
 
     begun_at = math.inf  # Monotonic time (s) of the BEGIN of the current transaction.
-    closed_at = 0.0  # Monotonic time (s) at which the connection was closed.
+    closed_at: float | None = None  # Monotonic time (s) at which the connection was closed.
 
     def record_end(self) -> None:
         self.closed_at = time.monotonic()
@@ -318,9 +318,10 @@ def _idle_reason(context: ExceptionContext, settings: Settings) -> str | None:
     ):
         return None
     connection = context.connection.connection.driver_connection
-    if not isinstance(connection, _Connection):
+    if not isinstance(connection, _Connection) or not connection.is_closed():
         return None
-    seconds = connection.closed_at - connection.begun_at
+    # asyncpg calls `record_end` in the iteration of the event loop after the connection was closed.
+    seconds = (connection.closed_at or time.monotonic()) - connection.begun_at
     if seconds < limit:
         return None
     return f"the server closed it in a transaction that was open for {seconds:.1f} s: {idle}"
