@@ -1,7 +1,6 @@
 """Re-encryption with another key while others write: no secret is lost or left behind."""
 
 import asyncio
-import multiprocessing
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
@@ -22,6 +21,7 @@ from tests.support.encryption_keys import (
     values_of,
 )
 from tests.support.factories import plain
+from tests.support.forks import FORKS
 from tests.support.passed_settings import Passed
 from tests.support.recording import recorded
 from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, encryption_key_rotation
@@ -43,7 +43,6 @@ WAITING = text(
     "SELECT count(*) FROM pg_stat_activity"
     " WHERE datname = current_database() AND wait_event_type = 'Lock'"
 )
-processes = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture
@@ -367,8 +366,8 @@ async def test_eight_writers_lose_no_update(clone_settings: Settings) -> None:
         ids = [account.id for account in await store(database, 80)]
         pipes, writers = [], []
         for mine in (ids[start::8] for start in range(8)):
-            ours, theirs = processes.Pipe()
-            writer = processes.Process(
+            ours, theirs = FORKS.Pipe()
+            writer = FORKS.Process(
                 target=write_until_told, args=(Passed(clone_settings), mine, theirs)
             )
             writer.start()
@@ -405,8 +404,8 @@ def rotate_and_tell(settings: Settings, told: Connection) -> None:
 
 
 def start_rotating(settings: Settings) -> tuple[BaseProcess, Connection]:
-    ours, theirs = processes.Pipe()
-    process = processes.Process(target=rotate_and_tell, args=(Passed(settings), theirs))
+    ours, theirs = FORKS.Pipe()
+    process = FORKS.Process(target=rotate_and_tell, args=(Passed(settings), theirs))
     process.start()
     theirs.close()
     return process, ours

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import multiprocessing
 import random
 import shutil
 import signal
@@ -20,6 +19,7 @@ import pytest
 
 from tests.models.examples import table_of
 from tests.support import factories
+from tests.support.forks import FORKS
 from tests.support.passed_settings import Passed
 from tests.support.servers import settings_for
 from tests.support.verifiers import OTHER, checkouts, kill
@@ -52,10 +52,6 @@ from tiger_db.errors import (
 from tiger_db.migrations import upgrade
 from tiger_db.testing import servers
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["tiger_db", "pytest", "asyncpg", "tests.test_key_verifier_memory"]
-)
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 REVOKE = "UPDATE api_keys SET status = 'revoked' WHERE id = $1"
 LISTENING = """
@@ -303,8 +299,8 @@ async def test_a_revocation_takes_effect_in_a_loop_without_other_awaits(
     clone: Database, listening: KeyVerifier
 ) -> None:
     key, raw_key = await make_key(clone)
-    here, there = processes.Pipe()
-    child = processes.Process(target=revoke_in_a_while, args=(Passed(clone.settings), key, there))
+    here, there = FORKS.Pipe()
+    child = FORKS.Process(target=revoke_in_a_while, args=(Passed(clone.settings), key, there))
     child.start()
     assert await asyncio.to_thread(here.recv) == "ready"
     assert await listening.verify(raw_key)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import multiprocessing
 import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -15,6 +14,7 @@ import pytest
 from pydantic import SecretStr
 
 from tests.support import factories
+from tests.support.forks import FORKS
 from tests.support.passed_settings import Passed
 from tests.support.trail import insert_seal, stored_events
 from tests.support.waiting import until
@@ -38,8 +38,6 @@ from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.signing import generate_signing_key, public_text
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tiger_db", "pytest", "asyncpg", "tests.audit.test_sealing"])
 REPETITIONS = 200 if os.environ.get("TIGER_DB_SOAK") else 20
 WRITERS = 48
 QUERY = AuditAction.DATA_QUERY
@@ -209,10 +207,8 @@ async def test_48_writers_and_two_sealers_seal_each_event_once(
     signing: Settings, sealed: Database, other: Connection
 ) -> None:
     written = Written()
-    over, seen = processes.Pipe()
-    sealers = [
-        processes.Process(target=seal_in_a_loop, args=(Passed(signing), seen)) for _ in range(2)
-    ]
+    over, seen = FORKS.Pipe()
+    sealers = [FORKS.Process(target=seal_in_a_loop, args=(Passed(signing), seen)) for _ in range(2)]
     for sealer in sealers:
         sealer.start()
     async with Database(signing) as second:
@@ -373,7 +369,7 @@ async def test_a_killed_sealer_leaves_whole_seals(
 ) -> None:
     await other.execute(MANY, 100_000)
     for seals in (1, 3, 6):
-        sealer = processes.Process(target=seal_in_a_loop, args=(Passed(signing), None))
+        sealer = FORKS.Process(target=seal_in_a_loop, args=(Passed(signing), None))
         sealer.start()
 
         async def made(seals: int = seals) -> bool:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, blocks, code
+from tests.support.forks import run_line, run_python
 from tests.support.sql import run_sql
 from tiger_db.settings import Settings
 from tiger_db.signing import generate_signing_key
@@ -51,13 +51,7 @@ def test_every_fence_opens_or_closes_a_block_that_is_found() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [text for _, text in PYTHON], ids=[name for name, _ in PYTHON])
 def test_python_prints_what_its_comments_say(text: str, environ: dict[str, str]) -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", text],
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-c", text, env=environ)
     assert result.returncode == 0, result.stderr
     assert not result.stderr
     said = re.findall(r"print\(.*\)  # (.*)", text)
@@ -83,14 +77,8 @@ def roles(settings: Settings, names: set[str]) -> Iterator[None]:
 
 def run(text: str, environ: dict[str, str], tmp_path: Path) -> None:
     for command in text.splitlines():
-        result = subprocess.run(
-            # Without `-o`, make would replace the virtual environment of this test.
-            command.replace("make ", "make -o .venv/.ready ", 1),
-            shell=True,
-            env=environ,
-            cwd=ROOT if command.startswith("make ") else tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        # Without `-o`, make would replace the virtual environment of this test.
+        line = command.replace("make ", "make -o .venv/.ready ", 1)
+        folder = ROOT if command.startswith("make ") else tmp_path
+        result = run_line(line, env=environ, cwd=folder)
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"

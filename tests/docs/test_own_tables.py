@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import IN_AN_APPLICATION, NAMED_BLOCK, ROOT
+from tests.support.forks import run_line
 from tests.support.sql import sql
 from tiger_db.settings import Settings
 
@@ -63,10 +63,7 @@ class Application:
             "DB_SCHEMA": self.settings.db_schema,
             "ENCRYPTION_KEYS": keys.get_secret_value(),
         }
-        done = subprocess.run(
-            command, shell=True, cwd=self.folder, env=environ, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+        done = run_line(command, env=environ, cwd=self.folder)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout
 

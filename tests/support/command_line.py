@@ -4,7 +4,6 @@ import functools
 import io
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from tests.support.forks import run_python
 from tiger_db.cli import main
 
 # Typer creates all commands anew for each run, which takes longer than most runs.
@@ -87,15 +87,8 @@ class CommandLine:
 
     def process(self, *arguments: str, stdin: str = "", **env: str) -> Result:
         """Run a command in a new process, in which every warning is an error."""
-        done = subprocess.run(
-            [*COMMAND, *arguments],
-            capture_output=True,
-            check=False,
-            env=self.environment(**env),
-            input=stdin,
-            text=True,
-            timeout=60,
-        )
+        env = self.environment(**env)
+        done = run_python("-m", "tiger_db", *arguments, env=env, stdin=stdin)
         assert "Traceback" not in done.stderr
         return Result(done.returncode, done.stdout, done.stderr)
 

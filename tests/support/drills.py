@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from tests.support import factories
 from tests.support.clusters import Server
-from tests.support.command_line import COMMAND, Result
+from tests.support.command_line import Result
+from tests.support.forks import run_python
 from tiger_db import Database, Settings, audit
 from tiger_db.encryption import generate_key
 from tiger_db.errors import DatabaseUnavailable, InvalidState, OutcomeUnknown
@@ -54,14 +54,7 @@ def run_command(settings: Settings, *arguments: str) -> Result:
     """Run `tiger-db` in a process of its own."""
     names = {name.upper() for name in Settings.model_fields}
     own = {name: value for name, value in os.environ.items() if name.upper() not in names}
-    done = subprocess.run(
-        [*COMMAND, *arguments],
-        env=own | environment_of(settings),
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=120,
-    )
+    done = run_python("-m", "tiger_db", *arguments, env=own | environment_of(settings))
     return Result(done.returncode, done.stdout, done.stderr)
 
 

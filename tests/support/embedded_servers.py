@@ -1,7 +1,6 @@
 """Embedded servers for tests: real processes that are started, killed and inspected."""
 
 import asyncio
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ import platformdirs
 import psutil
 import pytest
 
+from tests.support.forks import FORKS
 from tests.support.passed_settings import Passed
 from tests.support.waiting import wait_until
 from tiger_db import embedded
@@ -29,8 +29,6 @@ from tiger_db.settings import Settings
 IS_ROOT = os.geteuid() == 0
 as_root = pytest.mark.skipif(not IS_ROOT, reason="only root drops privileges")
 # Processes with all imports done. A fork of pytest would inherit its threads and files.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tiger_db.embedded", "pytest", "asyncpg"])
 STARTER = """
 import sys, time
 from pathlib import Path

@@ -1,7 +1,6 @@
 """Concurrent uses and changes of API keys, in tasks and in processes."""
 
 import asyncio
-import multiprocessing
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -11,6 +10,7 @@ from typing import TypeVar
 import pytest
 
 from tests.support import factories
+from tests.support.forks import FORKS
 from tests.support.passed_settings import Passed
 from tiger_db import (
     APIKey,
@@ -31,10 +31,6 @@ from tiger_db.errors import (
 
 T = TypeVar("T")
 PROCESSES, CONNECTIONS = 4, 5
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["tiger_db", "pytest", "asyncpg", "tests.crud.api_keys.test_concurrency"]
-)
 
 
 @pytest.mark.slow
@@ -110,8 +106,8 @@ async def in_process(function: Callable[..., T], *arguments: object) -> T:
 
     The result comes over a pipe, because the queues of a pool need /dev/shm.
     """
-    here, there = processes.Pipe()
-    child = processes.Process(target=_answer, args=(there, function, *arguments))
+    here, there = FORKS.Pipe()
+    child = FORKS.Process(target=_answer, args=(there, function, *arguments))
     child.start()
     there.close()
     result: T = await asyncio.to_thread(here.recv)

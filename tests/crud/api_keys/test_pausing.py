@@ -1,7 +1,6 @@
 """A pause of trading denies trade scopes everywhere, from its commit on."""
 
 import asyncio
-import multiprocessing
 import time
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.concurrency import at_once, until_waiting
+from tests.support.forks import FORKS
 from tests.support.passed_settings import Passed
 from tests.support.raw_keys import sent_statements
 from tests.support.verifiers import checkouts
@@ -35,7 +35,6 @@ from tiger_db.errors import (
     TradingPaused,
 )
 
-processes = multiprocessing.get_context("forkserver")
 TRADES = [APIKeyScope.TRADE_READ, APIKeyScope.TRADE_WRITE, APIKeyScope.TRADE_ADMIN]
 OTHERS = [scope for scope in APIKeyScope if scope not in TRADES]
 EVERYTHING = [scope for scope in APIKeyScope if scope.endswith(":admin")]
@@ -275,8 +274,8 @@ async def test_after_the_commit_no_process_accepts_a_trade(clone: Database) -> N
     raw_key = await key_for_everything(clone)
     children = []
     for by in ("memory", "memory", "verifier", "session"):
-        here, there = processes.Pipe()
-        child = processes.Process(target=trade, args=(Passed(clone.settings), raw_key, by, there))
+        here, there = FORKS.Pipe()
+        child = FORKS.Process(target=trade, args=(Passed(clone.settings), raw_key, by, there))
         child.start()
         children.append((child, here))
     for _, here in children:
