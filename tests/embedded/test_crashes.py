@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from tests.support.embedded_servers import (
-    FORKS,
     alive,
     connect,
     copies_outside,
@@ -31,6 +30,7 @@ from tests.support.embedded_servers import (
     unfinished,
     works_in,
 )
+from tests.support.forks import FORKS
 from tests.support.passed_settings import Passed
 from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, server_process, start, stop

@@ -61,8 +61,8 @@ def run_line(
 
 
 def _run(arguments: tuple[str, ...], env: dict[str, str], cwd: Path, files: list[Path]) -> None:
-    for descriptor, file in enumerate(files):
-        opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    for descriptor, path in enumerate(files):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.dup2(opened, descriptor)
         os.close(opened)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # until the process ends
