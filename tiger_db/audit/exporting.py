@@ -23,7 +23,7 @@ from tiger_db.audit.event_members import split_members, text_of
 from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
 from tiger_db.crud.audit_logs.queries import EventFilters, event_conditions
 from tiger_db.database import Database
-from tiger_db.errors import InvalidValue, NotFound
+from tiger_db.errors import InvalidState, InvalidValue, NotFound
 from tiger_db.models import AuditLog, metadata
 from tiger_db.public import Progress, no_progress, public
 from tiger_db.sqlstates import raw_errors, typed
@@ -223,9 +223,15 @@ async def export_checkpoint(database: Database) -> str:
 
     Raises:
         NotFound: The audit trail has no seal yet.
+        InvalidState: The payload of the newest seal is invalid.
     """
     async with storage.open_connection(database) as connection:
         seal = await storage.fetch_last_seal(connection)
     if seal is None:
         raise NotFound("the audit trail has no seal yet: run `tiger-db seal-audit`")
+    try:
+        seal.payload()
+    except InvalidValue as error:
+        reason = f"the newest seal has the number {seal.row_number}: {error}"
+        raise InvalidState(f"{reason}: run `tiger-db verify-audit`") from None
     return checkpoint_text(seal)

@@ -5,8 +5,9 @@ import asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tiger_db.audit.checkpoints import newest_checkpoint
+from tiger_db.audit.seal_format import Seal
 from tiger_db.checks import DAY, HOUR, Outcome, duration, fetch_all, grade
-from tiger_db.errors import FileError, InvalidState
+from tiger_db.errors import FileError, InvalidState, InvalidValue
 from tiger_db.keys_in_force import AUDIT_SIGNING_KEY, in_force
 from tiger_db.settings import Settings
 
@@ -26,7 +27,17 @@ FROM (SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS taken FROM audit_
 """
 
 
+# Number and payload of the newest seal.
+_NEWEST_SEAL = "SELECT number, statement FROM audit_seals ORDER BY number DESC LIMIT 1"
+
+
 async def check_unsealed(connection: AsyncConnection) -> Outcome:
+    for seal in await fetch_all(connection, _NEWEST_SEAL):
+        try:
+            Seal(seal.statement, b"", b"").payload()
+        except InvalidValue as error:
+            seen = f"the newest seal has the number {seal.number}: {error}"
+            return Outcome("problem", seen, "run `tiger-db verify-audit`")
     row = (await fetch_all(connection, UNSEALED_EVENTS))[0]
     if row.events < 0:
         return Outcome(
