@@ -5,16 +5,16 @@ import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from threading import Lock, Thread, current_thread
-from typing import TypeVar
-
-import anyio
-from anyio.from_thread import BlockingPortal
+from typing import TYPE_CHECKING, TypeVar
 
 from tiger_db.errors import InvalidState, InvalidValue
 
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
+
 T = TypeVar("T")
 _lock = Lock()
-_running: tuple[BlockingPortal, Thread] | None = None
+_running: "tuple[BlockingPortal, Thread] | None" = None
 
 
 def run_blocking(function: Callable[[], Awaitable[T]]) -> T:
@@ -48,7 +48,9 @@ def run_blocking(function: Callable[[], Awaitable[T]]) -> T:
         raise
 
 
-def _start() -> tuple[BlockingPortal, Thread]:
+def _start() -> "tuple[BlockingPortal, Thread]":
+    import anyio  # noqa: PLC0415  # slow import
+
     global _running  # noqa: PLW0603  # one event loop for each process
     with _lock:
         if _running is None:
@@ -60,6 +62,8 @@ def _start() -> tuple[BlockingPortal, Thread]:
 
 
 async def _serve(started: "Future[BlockingPortal]") -> None:
+    from anyio.from_thread import BlockingPortal  # noqa: PLC0415  # slow import
+
     async with BlockingPortal() as portal:
         started.set_result(portal)
         await portal.sleep_until_stopped()

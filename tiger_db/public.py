@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from functools import wraps
+from functools import cache, wraps
 from math import isfinite
 from types import UnionType
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
@@ -44,14 +44,16 @@ def public(function: F_) -> F_:
         InvalidFields: an argument has a wrong type. The error message names the parameter, but
             does not show the argument.
     """
-    parameters = inspect.signature(function).parameters
-    positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    types = Types(
-        function.__qualname__,
-        {n: p.annotation for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD},
-    )
+
+    @cache  # not at import: few of the functions are called
+    def parameters() -> tuple[list[str], Types]:
+        given = inspect.signature(function).parameters
+        hints = {name: p.annotation for name, p in given.items() if p.kind is not p.VAR_KEYWORD}
+        positional = [name for name, p in given.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        return positional, Types(function.__qualname__, hints)
 
     def check(arguments: tuple[object, ...], keywords: dict[str, object]) -> dict[str, object]:
+        positional, types = parameters()
         given = dict(zip(positional, arguments, strict=False)) | keywords
         if len(given) != len(arguments) + len(keywords):
             function(

@@ -250,7 +250,7 @@ def redact_known(text: str) -> str:
     # Most texts contain no secret. Fast checks for substrings avoid slow pattern searches.
     for start, pattern, replacement in _FORMS:
         if start in text:
-            text = pattern.sub(replacement, text)
+            text = re.sub(pattern, replacement, text)
     if len(text) >= _MIN_TIGER_TOKEN_CHARACTERS:
         text = _TIGER_TOKEN.sub(MASK, text)
     if "bearer" in text.lower():
@@ -323,14 +323,15 @@ def _without_der(match: re.Match[str]) -> str:
 
 
 # The secrets that `redact_known` recognizes by their forms: the first characters of a secret, the
-# pattern of the secret, and the replacement.
-_FORMS: tuple[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+# pattern of the secret, and the replacement. Most of the patterns are texts, which `re` compiles
+# when they are first used, because few processes use them.
+_FORMS: tuple[tuple[str, str | re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     ("-----BEGIN", _PEM, MASK),
     ("eyJ", _JWT, MASK),
     ("tdb_", _API_KEY, rf"\1_{MASK}"),
     ("MII", _DER, _without_der),
     *(
-        (start, re.compile(rf"(?<![A-Za-z0-9]){re.escape(start)}{rest}"), MASK)
+        (start, rf"(?<![A-Za-z0-9]){re.escape(start)}{rest}", MASK)
         for starts, rest in _VENDOR_FORMS.items()
         for start in starts.split()
     ),

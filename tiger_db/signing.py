@@ -4,7 +4,6 @@ import base64
 import secrets
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 from tiger_db.encryption import decode_base64
 from tiger_db.errors import ConfigurationError, InvalidValue
@@ -37,6 +36,11 @@ def public_text(key: Ed25519PublicKey) -> str:
 
 
 def public_pem(key: Ed25519PublicKey) -> str:
+    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415  # slow import
+        Encoding,
+        PublicFormat,
+    )
+
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
@@ -47,6 +51,10 @@ def parse_public_key(text: str) -> Ed25519PublicKey:
         InvalidValue: the text is not a public key in one of these formats, or the key is not an
             Ed25519 key.
     """
+    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415  # slow import
+        load_pem_public_key,
+    )
+
     try:
         if "-----BEGIN" not in text:
             raw = decode_base64(text.strip())

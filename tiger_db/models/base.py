@@ -457,8 +457,8 @@ def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
 @cache
 def _columns(entity: type[Entity]) -> dict[str, TypeEngine[Any]]:
     """Return the SQL types of an entity's columns, by column name, columns of fields first."""
-    table = class_mapper(entity).local_table
-    assert isinstance(table, Table)
+    # `class_mapper` would configure all mappers, and some modules call this function at import.
+    table = metadata.tables[entity.__tablename__]
     names = [*entity.model_fields, *(table.c.keys() - entity.model_fields.keys())]
     return {name: table.c[name].type for name in names}
 

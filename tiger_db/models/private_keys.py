@@ -3,18 +3,13 @@
 import base64
 import re
 from enum import StrEnum
-
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicNumbers
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from typing import TYPE_CHECKING
 
 from tiger_db.errors import InvalidValue
 from tiger_db.public import public
+
+if TYPE_CHECKING:  # slow import
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicNumbers
 
 
 class PrivateKeyFormat(StrEnum):
@@ -25,10 +20,6 @@ class PrivateKeyFormat(StrEnum):
     UNKNOWN = "unknown"
 
 
-_DER_FORMATS = {
-    PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
-    PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
-}
 # The formats of private keys, by PEM label (RFC 7468, section 10; RFC 8017, appendix A.1.2).
 _PEM_LABELS = {
     "PRIVATE KEY": PrivateKeyFormat.PK8,
@@ -56,11 +47,15 @@ def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
 
 def load_private_key(
     text: str, *, check_numbers: bool = True
-) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
+) -> "tuple[RSAPrivateKey, PrivateKeyFormat]":
     """Parse an RSA private key. Return the key as an object, and the format of the key.
 
     With `check_numbers`, parsing a key of 4,096 bits takes up to one second.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415  # slow import
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey  # noqa: PLC0415
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key  # noqa: PLC0415
+
     if len(text) > MAX_KEY_CHARACTERS:
         raise InvalidValue(TOO_LONG)
     label, body = _pem_block(text) or ("", text)
@@ -103,13 +98,23 @@ def key_bits(text: str) -> int | None:
         return None
 
 
-def base64_der(key: RSAPrivateKey, key_format: PrivateKeyFormat) -> str:
+def base64_der(key: "RSAPrivateKey", key_format: PrivateKeyFormat) -> str:
     """Encode a private key as base64 DER in one line."""
-    der = key.private_bytes(Encoding.DER, _DER_FORMATS[key_format], NoEncryption())
+    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415  # slow import
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+    )
+
+    formats = {
+        PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
+        PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
+    }
+    der = key.private_bytes(Encoding.DER, formats[key_format], NoEncryption())
     return base64.b64encode(der).decode("ascii")
 
 
-def public_numbers(private_key: str) -> RSAPublicNumbers:
+def public_numbers(private_key: str) -> "RSAPublicNumbers":
     """Return the public numbers of a private key, for comparisons of keys in different formats.
 
     Raises:

@@ -4,21 +4,20 @@ import asyncio
 import secrets
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
-
-from passlib.context import CryptContext
-from passlib.hash import argon2, bcrypt
+from typing import TYPE_CHECKING, Any
 
 from tiger_db.crud.common import context_of, has_passed
 from tiger_db.errors import ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
 from tiger_db.tracebacks import forgets_locals
 
+if TYPE_CHECKING:
+    from passlib.context import CryptContext
+
 # One salted SHA-256 is enough for a secret of 256 random bits. NIST SP 800-63B, section 5.1.2.2,
 # requires key stretching only for secrets of less than 112 bits. Imported API keys can have a slow
 # hash (Argon2 or bcrypt).
 _FAST = "ldap_salted_sha256"
-_hashes = CryptContext(schemes=[_FAST, "argon2", "bcrypt"], deprecated=["argon2", "bcrypt"])
 # The stored hash determines the cost of its verification, so the cost is limited before the
 # verification. The limits permit the parameters that OWASP and the common libraries recommend, and
 # about half a second of work.
@@ -28,6 +27,14 @@ _MAX_ARGON2_ROUNDS = 16  # t
 _MAX_ARGON2_LANES = 16  # p
 _MAX_ARGON2_WORK_KIB = 2**19  # m times t
 _MAX_BCRYPT_ROUNDS = 14
+
+
+@cache
+def hash_context() -> "CryptContext":
+    """Return the object of passlib that hashes and verifies secrets."""
+    from passlib.context import CryptContext  # noqa: PLC0415  # slow import
+
+    return CryptContext(schemes=[_FAST, "argon2", "bcrypt"], deprecated=["argon2", "bcrypt"])
 
 
 class UnpepperedHash(InvalidAPIKey):
@@ -53,7 +60,7 @@ def peppers_of(info: Mapping[Any, object]) -> Peppers:
 def hash_secret(peppers: Peppers, secret: str) -> tuple[str, str]:
     """Hash a secret with the first pepper. Return the hash and the pepper's id."""
     pepper_id = peppers.key_ids[0]
-    hashed: str = _hashes.hash(peppers.apply(pepper_id, secret))
+    hashed: str = hash_context().hash(peppers.apply(pepper_id, secret))
     return hashed, pepper_id
 
 
@@ -103,16 +110,18 @@ def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: fl
 
 def outdated(peppers: Peppers, hashed: str, pepper_id: str | None) -> bool:
     """Return whether a hash uses a slow algorithm, or a pepper that is not the first pepper."""
-    return pepper_id != peppers.key_ids[0] or bool(_hashes.needs_update(hashed))
+    return pepper_id != peppers.key_ids[0] or bool(hash_context().needs_update(hashed))
 
 
 def _affordable_scheme(hashed: str) -> str | None:
     """Return the scheme of a hash, or None if the hash is malformed or costs too much to verify."""
     if len(hashed) > _MAX_HASH_CHARACTERS:
         return None
-    scheme: str | None = _hashes.identify(hashed)
+    scheme: str | None = hash_context().identify(hashed)
     try:
         if scheme == "argon2":
+            from passlib.hash import argon2  # noqa: PLC0415  # slow import
+
             cost = argon2.from_string(hashed)
             affordable = (
                 cost.memory_cost <= _MAX_ARGON2_MEMORY_KIB
@@ -120,10 +129,12 @@ def _affordable_scheme(hashed: str) -> str | None:
                 and cost.parallelism <= _MAX_ARGON2_LANES
                 and cost.memory_cost * cost.rounds <= _MAX_ARGON2_WORK_KIB
             )
+        elif scheme == "bcrypt":
+            from passlib.hash import bcrypt  # noqa: PLC0415  # slow import
+
+            affordable = bcrypt.from_string(hashed).rounds <= _MAX_BCRYPT_ROUNDS
         else:
-            affordable = scheme != "bcrypt" or bcrypt.from_string(hashed).rounds <= (
-                _MAX_BCRYPT_ROUNDS
-            )
+            affordable = True
     except (ValueError, TypeError):  # the hash is malformed
         return None
     return scheme if affordable else None
@@ -131,12 +142,12 @@ def _affordable_scheme(hashed: str) -> str | None:
 
 def _verify(text: str, hashed: str) -> bool:
     try:
-        return bool(_hashes.verify(text, hashed))
+        return bool(hash_context().verify(text, hashed))
     except (ValueError, TypeError):  # the hash is malformed
         return False
 
 
 @cache
 def _dummy_hash() -> str:
-    hashed: str = _hashes.hash(secrets.token_hex(32))
+    hashed: str = hash_context().hash(secrets.token_hex(32))
     return hashed
