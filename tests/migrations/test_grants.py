@@ -352,6 +352,10 @@ WEAKENED = {
     "GRANT pg_write_server_files TO {app}": [
         "the app role {app} is a member of pg_write_server_files: REVOKE pg_write_server_files FROM"
     ],
+    "GRANT pg_write_all_data TO {app}; REVOKE SELECT ON audit_seals FROM {app}": [
+        "the app role {app} is a member of pg_write_all_data: REVOKE pg_write_all_data FROM ",
+        "the app role {app} lacks SELECT on the table audit_seals: run `tiger-db grant {app} --as",
+    ],
     "ALTER ROLE {app} REPLICATION BYPASSRLS": [
         'the app role {app} has BYPASSRLS: ALTER ROLE "{app}" NOBYPASSRLS',
         'the app role {app} has REPLICATION: ALTER ROLE "{app}" NOREPLICATION',
