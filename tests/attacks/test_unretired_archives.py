@@ -174,7 +174,7 @@ def remove_all_rows(folder: Path) -> dict[Path, str]:
 def cut(folder: Path) -> dict[Path, str]:
     path = events(folder, TWO)
     path.write_bytes(path.read_bytes()[:-9])
-    return {path: "the file is not a Parquet file"}
+    return {path: "the file is not a valid Parquet file"}
 
 
 def change_seals(folder: Path) -> dict[Path, str]:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.archives import archive_settings, put_old_months
 from tests.support.months import month, partition
-from tests.support.object_stores import Store, object_store
+from tests.support.object_stores import Store, object_store, silent_store
 from tests.support.trail import events_of, exported
 from tiger_db import Database, Settings, audit
 from tiger_db.audit.archive_files import open_archive
@@ -121,3 +121,61 @@ async def test_a_store_that_is_down_keeps_the_months(
     store.fails(0, "")
     assert (await audit.maintain(database)).retired == [month(14), month(13)]
     assert (await audit.verify(database, archive=True)).archived == 6
+
+
+async def test_a_store_that_keeps_other_bytes_keeps_the_month(
+    database: Database, other: Connection, store: Store
+) -> None:
+    """The store answers that all is well. The file is read back before the month is removed."""
+    await put_old_months(database, other)
+    store.fails(1, "changed")
+    name = rf"month={month(14)}/\.tiger_db-unfinished-\w+"
+    with pytest.raises(FileError, match=f"{name}: the file is not the one that was written"):
+        await audit.maintain(database)
+    assert await other.fetchval(f"SELECT count(*) FROM {partition(14)}") == 3
+    store.fails(0, "")
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+    assert (await audit.verify(database, archive=True)).archived == 6
+
+
+async def test_a_store_that_never_answers_is_given_up(
+    database: Database, other: Connection
+) -> None:
+    await put_old_months(database, other)
+    with silent_store() as url:
+        async with Database(database.settings.model_copy(update={"audit_archive": url})) as silent:
+            with pytest.raises(FileError, match=r"^the archive: .*: the store does not answer$"):
+                await audit.maintain(silent)
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+    assert (await audit.verify(database, archive=True)).archived == 6
+
+
+async def test_a_store_that_cannot_be_read_accuses_nobody(
+    database: Database, other: Connection, store: Store
+) -> None:
+    await put_old_months(database, other)
+    settings = database.settings.model_copy(update={"audit_retention_months": 13})
+    async with Database(settings) as archiving:
+        assert (await audit.maintain(archiving)).retired == [month(14)]
+        await audit.archive(archiving, month(13))
+        store.fails(0, "")
+        assert (await audit.verify(archiving, archive=True)).sound
+        count = store.requests
+        for number in (count // 2,) if CASES else range(1, count + 1):
+            store.fails(number, "down")
+            with pytest.raises(FileError, match="the archive: "):
+                await audit.verify(archiving, archive=True)
+        store.fails(0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("color=red", "there is no option color"),
+        ("request_timeout=0", "request_timeout must be a number of seconds"),
+        ("connect_timeout=soon", "connect_timeout must be a number of seconds"),
+    ],
+)
+def test_options_of_the_url_are_checked(options: str, problem: str) -> None:
+    with pytest.raises(FileError, match=problem):
+        open_archive(f"s3://bucket/prefix?{options}")

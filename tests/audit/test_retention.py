@@ -366,8 +366,9 @@ async def put_there(connection: Connection) -> str:
 async def late(connection: Connection) -> str:
     await put(connection, 14, 1, now=True, minute=1)
     return (
-        "the month holds events that were written in a later month"
-        " by a machine whose clock was wrong"
+        f"the month holds events that a machine whose clock was wrong wrote in {month(0)}: set the"
+        " clock of that machine; this month and the later months are retired when the events of"
+        f" {month(0)} are"
     )
 
 

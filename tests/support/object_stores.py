@@ -1,6 +1,7 @@
 """An S3 API over HTTP on loopback, which fails as asked."""
 
 import http.client
+import io
 import logging
 import socket
 import threading
@@ -17,7 +18,8 @@ class Store:
 
     error: The store answers 500. unanswered: The store does its work, but the answer is lost, so
     that the client asks twice. cut: Half of the answer arrives. down: This and all later requests
-    fail.
+    fail. changed: The
+    store answers as always, but keeps other bytes than those that it receives from now on.
     """
 
     def __init__(self) -> None:
@@ -46,12 +48,17 @@ class Store:
             self.requests += 1
             fails = self._number and (
                 self.requests == self._number
-                or (self._how == "down" and self.requests > self._number)
+                or (self._how in ("down", "changed") and self.requests > self._number)
             )
             how = self._how if fails else ""
         if how in ("error", "down"):
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return []
+        # The client sends content in chunks, without its length.
+        if how == "changed" and "HTTP_TRANSFER_ENCODING" in environ:
+            body = bytearray(environ["wsgi.input"].read())
+            body[len(body) // 2] ^= 1
+            environ["wsgi.input"] = io.BytesIO(body)
         run_wsgi_app = import_module("werkzeug.test").run_wsgi_app
         body, status, headers = run_wsgi_app(self._application, environ, buffered=True)
         data = b"".join(body)
@@ -77,3 +84,13 @@ def object_store() -> Iterator[Store]:
         store.server.shutdown()
         thread.join()
         store.server.server_close()
+
+
+@contextmanager
+def silent_store() -> Iterator[str]:
+    """Listen on a port, and answer no request. Yield a URL for AUDIT_ARCHIVE."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield (
+            f"s3://{BUCKET}/silent?endpoint_override=127.0.0.1:{server.getsockname()[1]}"
+            "&scheme=http&region=us-east-1&connect_timeout=1&request_timeout=1"
+        )

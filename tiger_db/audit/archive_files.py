@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tiger_db.audit.event_content import CONTENT_COLUMNS, Event
 from tiger_db.audit.event_members import split_members, text_of
@@ -32,6 +33,11 @@ _NAME = re.compile(r"month=(\d{4}-\d\d)/(\w[\w-]*\.parquet)", re.ASCII)
 _EXTENT = re.compile(r"(?:events|_seals)-(\d{19})-(\d{19})\.parquet", re.ASCII)
 _ORIGIN = b"tiger_db.origin"  # Key of the origin of the audit trail in the metadata of a file.
 _CHUNK_BYTES = 2**20
+_S3_OPTIONS = {"endpoint_override", "region", "scheme", "tls_ca_file_path"}
+# In seconds. A request times out if the store sends and receives nothing for so long.
+_S3_TIMEOUTS = {"connect_timeout": 5, "request_timeout": 20}
+_S3_ATTEMPTS = 3  # of each request
+_TIMED_OUT = "Timeout was reached"  # in an error of the S3 client
 _SEALS_PER_BATCH = 20  # A seal can have 320 kB of digests.
 _BLOOM_FILTER = {"ndv": 1000, "fpp": 0.01}
 Row: TypeAlias = tuple[object, ...]
@@ -56,9 +62,12 @@ def archive_errors(name: str) -> Iterator[None]:
         yield
     except FileError:
         raise
+    except FileNotFoundError:
+        raise FileError(f"the archive: {name} does not exist") from None
     except (OSError, pyarrow.ArrowException) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise FileError(f"the archive: {name}: {lines[0]}") from None
+        problem = "the store does not answer" if _TIMED_OUT in lines[0] else lines[0]
+        raise FileError(f"the archive: {name}: {problem}") from None
 
 
 @dataclass(frozen=True)
@@ -98,12 +107,13 @@ class Archive:
     def read(self, name: str) -> Iterator[tuple[IO[bytes], str]]:
         """Copy a file to a temporary file. Yield the temporary file, and the SHA-256 digest."""
         digest = hashlib.sha256()
-        with tempfile.TemporaryFile() as copy, archive_errors(name):
-            with self.filesystem.open_input_stream(self._path(name)) as stream:
+        with tempfile.TemporaryFile() as copy:
+            path = self._path(name)
+            with archive_errors(name), self.filesystem.open_input_stream(path) as stream:
                 while chunk := stream.read(_CHUNK_BYTES):
                     digest.update(chunk)
                     copy.write(chunk)
-            copy.seek(0)
+                copy.seek(0)
             yield copy, digest.hexdigest()
 
     def is_parquet(self, name: str) -> bool:
@@ -140,14 +150,31 @@ def open_archive(location: str) -> Archive:
     """
     pyarrow = _import_pyarrow()
     if "://" in location:
-        with archive_errors(location):
-            filesystem, root = pyarrow.fs.FileSystem.from_uri(location)
-        return Archive(location, root.rstrip("/"), filesystem, None)
+        return _open_s3(location)
     folder = Path(location).absolute()
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist: create the folder"
         raise FileError(f"the archive: {location} {problem}")
     return Archive(location, folder.as_posix(), pyarrow.fs.LocalFileSystem(), folder)
+
+
+def _open_s3(location: str) -> Archive:
+    """Open an archive in a store with the API of S3, which must answer each request in time."""
+    fs, url = _import_pyarrow().fs, urlsplit(location)
+    options: dict[str, object] = dict(parse_qsl(url.query))
+    if unknown := options.keys() - _S3_OPTIONS - _S3_TIMEOUTS.keys():
+        raise FileError(f"the archive: {location}: there is no option {min(unknown)}")
+    for name, default in _S3_TIMEOUTS.items():
+        value = str(options.get(name, default))
+        if not (value.isascii() and value.isdigit() and int(value) > 0):
+            raise FileError(f"the archive: {location}: {name} must be a number of seconds")
+        options[name] = int(value)
+    with archive_errors(location):
+        if not {"region", "endpoint_override"} & options.keys():
+            options["region"] = fs.resolve_s3_region(url.netloc)
+        retries = fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS)
+        filesystem = fs.S3FileSystem(**options, retry_strategy=retries)
+    return Archive(location, (url.netloc + unquote(url.path)).rstrip("/"), filesystem, None)
 
 
 def parse_name(name: str) -> tuple[str, str] | None:
@@ -263,13 +290,6 @@ class ParquetFile:
         with self._stack, archive_errors(self.unfinished):
             self._writer.close()
 
-    def abort(self) -> None:
-        """Stop writing, and delete the file as far as possible."""
-        with contextlib.suppress(FileError):
-            self.close()
-        with contextlib.suppress(FileError):
-            self.archive.delete(self.unfinished)
-
 
 class _HashingStream:
     """A stream that passes all bytes to a second function, too."""
@@ -337,14 +357,27 @@ def _read(file: IO[bytes], columns: tuple[str, ...], batch: int) -> Iterator[tup
             raise InvalidValue(f"the file has no column {name}") from None
         if not found.equals(declared[name]):
             raise InvalidValue(f"the column {name} of the file has another type")
-    for rows in parquet_file.iter_batches(batch, columns=list(columns)):
-        yield from zip(*(rows.column(name).to_pylist() for name in columns), strict=True)
+    batches = parquet_file.iter_batches(batch, columns=list(columns))
+    while True:
+        with _parquet_errors():
+            if (rows := next(batches, None)) is None:
+                return
+            values = [rows.column(name).to_pylist() for name in columns]
+        yield from zip(*values, strict=True)
 
 
 def _open_parquet(file: IO[bytes]) -> Any:  # noqa: ANN401  # pyarrow has no types
     pyarrow = _import_pyarrow()
     file.seek(0)
-    try:
+    with _parquet_errors():
         return pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-    except pyarrow.ArrowException as error:
-        raise InvalidValue("the file is not a Parquet file") from error
+
+
+@contextlib.contextmanager
+def _parquet_errors() -> Iterator[None]:
+    """Convert the errors of pyarrow about the content of a file to InvalidValue."""
+    pyarrow = _import_pyarrow()
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise InvalidValue("the file is not a valid Parquet file") from error

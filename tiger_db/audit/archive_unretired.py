@@ -8,6 +8,7 @@ from typing import TypeAlias
 from tiger_db.audit import storage
 from tiger_db.audit.archive_files import (
     Archive,
+    Row,
     event_row,
     extent_in,
     is_of_seals,
@@ -17,6 +18,7 @@ from tiger_db.audit.archive_files import (
     seal_bytes,
 )
 from tiger_db.audit.chain import AuditFinding, ChainVerifier, FindingKind
+from tiger_db.audit.event_content import Event
 from tiger_db.audit.months import bounds_of, fetch_ranges, first_id, sealed_root, seals_between
 from tiger_db.audit.seal_format import MerkleTree, SealPayload, digest_of, subtract_ranges
 from tiger_db.audit.storage import Connection
@@ -124,8 +126,12 @@ class UnretiredMonth:
         tree = MerkleTree()
         try:
             problem = self._read_rows(name, tree)
-        except (FileError, InvalidValue, ValueError) as error:
-            problem = None if self._is_gone(name) else str(error)
+        except InvalidValue as error:
+            problem = str(error)
+        except FileError:
+            if self._is_present(name):
+                raise  # the archive cannot be read, which accuses nobody
+            return None
         else:
             if problem is None and (tree.positions[0][0], tree.positions[-1][1]) != extent_in(name):
                 problem = "the name does not match the positions of the events"
@@ -145,7 +151,7 @@ class UnretiredMonth:
                 assert isinstance(content, str)
                 if not (isinstance(event_id, str) and low <= event_id < high):
                     return f"the event at position {position} is not one of the month"
-                if row != event_row((position, content)):
+                if row != _columns_of((position, content)):
                     return f"the columns of the event at position {position} differ from `content`"
                 tree.add(position, digest_of(content))
         return None if tree.count else "the file has no events"
@@ -208,15 +214,18 @@ class UnretiredMonth:
                     return None
                 for seal in read_seals(copy):
                     digest.update(seal_bytes(seal))
-        except (FileError, InvalidValue, ValueError) as error:
-            if not self._is_gone(name):
-                self._report.find(name, str(error))
+        except InvalidValue as error:
+            self._report.find(name, str(error))
+            return None
+        except FileError:
+            if self._is_present(name):
+                raise  # the archive cannot be read, which accuses nobody
             return None
         return digest.digest()
 
-    def _is_gone(self, name: str) -> bool:
-        """Return whether `archive` has renamed a file since the files were listed."""
-        return name not in self._archive.names(self._month)
+    def _is_present(self, name: str) -> bool:
+        """Return False if `archive` has renamed a file since the files were listed."""
+        return name in self._archive.names(self._month)
 
     def _find_difference(self, name: str, extent: Range, problem: str) -> None:
         """Add a finding about a file, or a warning if a recorded restore explains the problem."""
@@ -229,6 +238,14 @@ class UnretiredMonth:
     def _warn(self, message: str, name: str | None = None) -> None:
         command = f"tiger-db archive-audit --month {self._month}"
         self._report.warn(f"{name or f'month={self._month}'}: {message}: run `{command}`")
+
+
+def _columns_of(event: Event) -> Row | None:
+    """Return the columns of an event, or None if its content is not the content of an event."""
+    try:
+        return event_row(event)
+    except ValueError:
+        return None
 
 
 def _union(ranges: list[Range]) -> list[Range]:

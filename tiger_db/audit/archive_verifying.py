@@ -103,8 +103,11 @@ class _ArchiveVerifier:
             if name in self._present:
                 try:
                     problem = self._verify_file(name, rows, digest, tree)
-                except (FileError, InvalidValue) as error:
+                except InvalidValue as error:
                     problem = str(error)
+                except FileError:
+                    if name in self._archive.names():
+                        raise  # the archive cannot be read, which accuses nobody
             if problem is not None:
                 self._report.find(name, problem, payload)
                 valid = False

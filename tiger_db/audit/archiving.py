@@ -349,9 +349,15 @@ class _MonthWriter:
         return tuple((name, part.file.rows, part.file.digest) for name, part in files.items())
 
     def abort(self) -> None:
-        """Delete the temporary files that are left."""
+        """Delete the temporary files that are left, unless the archive fails."""
+        unfinished = {part.file.unfinished for part in self._parts}
         for part in self._parts:
-            part.file.abort()
+            with suppress(FileError):
+                part.file.close()
+        with suppress(FileError):
+            for name in self._archive.names(self._month) if unfinished else ():
+                if name in unfinished:
+                    self._archive.delete(name)
 
 
 def _name(month: str, events: MerkleTree, all_events: MerkleTree) -> str:

@@ -108,8 +108,9 @@ async def find_sealed_month(
         return None
     if written_before is not None and written >= written_before:
         raise CannotRetireError(
-            "the month holds events that were written in a later month by a machine whose clock"
-            " was wrong"
+            f"the month holds events that a machine whose clock was wrong wrote in {written:%Y-%m}:"
+            " set the clock of that machine; this month and the later months are retired when the"
+            f" events of {written:%Y-%m} are"
         )
     if last > upto:
         raise CannotRetireError(NOT_SEALED)
