@@ -193,6 +193,7 @@ async def test_the_events_of_an_interval_are_bounded(clone: Database) -> None:
 async def test_a_flood_has_one_event_per_interval(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Several intervals pass within the test, and none ends at its end.
     monkeypatch.setattr(denial_counter, "WRITE_INTERVAL_SECONDS", 0.05)
     verifier = KeyVerifier(clone)
     counter = clone.out_of_band.denials

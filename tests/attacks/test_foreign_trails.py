@@ -4,28 +4,18 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from pydantic import SecretStr
 
-from tests.support import factories
-from tests.support.trail import fetch_seals, insert_seal
-from tiger_db import Database, Settings, audit, crud
+from tests.support.trail import fetch_seals, insert_seal, log_seals, with_signing_key
+from tiger_db import Database, Settings, audit
 from tiger_db.audit import FindingKind, Seal
 from tiger_db.audit.seal_format import NO_PREVIOUS_DIGEST, SEAL_VERSION
 from tiger_db.audit.storage import Connection
-from tiger_db.signing import generate_signing_key
 
 
 @pytest.fixture
 async def database(clone_settings: Settings) -> AsyncIterator[Database]:
-    key = SecretStr(generate_signing_key())
-    async with Database(clone_settings.model_copy(update={"audit_signing_key": key})) as database:
+    async with Database(with_signing_key(clone_settings)) as database:
         yield database
-
-
-async def seal(database: Database, events: int = 1) -> None:
-    async with database.session() as session:
-        await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(events)])
-    await audit.seal(database)
 
 
 async def head(database: Database) -> Seal:
@@ -43,7 +33,7 @@ async def test_each_trail_has_an_origin_of_its_own(database: Database, owner: Co
     origins = set()
     for _ in range(3):
         for _ in range(2):
-            await seal(database)
+            await log_seals(database, 1)
         payloads = [one.payload() for _, one in await fetch_seals(owner, 0, 9)]
         (origin,) = {payload.origin for payload in payloads}
         assert {payload.version for payload in payloads} == {SEAL_VERSION}
@@ -59,11 +49,11 @@ async def test_a_foreign_trail_in_place_of_the_true_one_is_found(
     database: Database, owner: Connection, longer: bool
 ) -> None:
     for _ in range(3):
-        await seal(database)
+        await log_seals(database, 1)
     checkpoint = await head(database)
     await wipe(owner)
     for _ in range(5 if longer else 2):
-        await seal(database)
+        await log_seals(database, 1)
     assert (await audit.verify(database)).sound  # it is sound on its own
     (found,) = (await audit.verify(database, checkpoint=checkpoint)).findings
     assert (found.kind, found.seal) == (FindingKind.CHECKPOINT, 1)
@@ -75,7 +65,7 @@ async def test_a_seal_of_another_trail_is_found_in_the_chain(
     database: Database, owner: Connection
 ) -> None:
     """Neither another origin nor the old form, which has none, continues the chain."""
-    await seal(database)
+    await log_seals(database, 1)
     key = await audit.required_key(database)
     last = await head(database)
     following = replace(
@@ -98,14 +88,14 @@ async def test_a_seal_of_another_trail_is_found_in_the_chain(
 @pytest.mark.slow
 async def test_seals_of_the_old_form_stay_verifiable(database: Database, owner: Connection) -> None:
     """The first seal of the new form continues the chain, and begins with the origin."""
-    await seal(database, 3)
+    await log_seals(database, 3)
     ((_, made),) = await fetch_seals(owner, 0, 1)
     old = replace(made.payload(), version=1, origin=None, previous=NO_PREVIOUS_DIGEST)
     await owner.execute("DELETE FROM audit_seals")
     await insert_seal(owner, await audit.required_key(database), old, made.digests)
     checkpoint = await head(database)
     for _ in range(2):
-        await seal(database)
+        await log_seals(database, 1)
     found = await audit.verify(database, checkpoint=checkpoint)
     assert (found.findings, found.rows, found.seals) == ([], 5, 3)
     payloads = [one.payload() for _, one in await fetch_seals(owner, 0, 9)]

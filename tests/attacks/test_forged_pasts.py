@@ -12,16 +12,19 @@ from uuid import UUID
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import SecretStr
 
-from tests.support import factories
-from tests.support.trail import fetch_seals, insert_seal, stored_events
-from tiger_db import Database, Settings, audit, crud
+from tests.support.trail import (
+    fetch_seals,
+    insert_seal,
+    log_seals,
+    stored_events,
+    with_signing_key,
+)
+from tiger_db import Database, Settings, audit
 from tiger_db.audit import FindingKind
 from tiger_db.audit.seal_format import Seal, digest_of, merkle_root, split_digests
 from tiger_db.audit.storage import Connection
 from tiger_db.errors import InvalidState
-from tiger_db.signing import generate_signing_key
 
 VICTIM = 5  # position of the event that shall vanish
 OLD = datetime.now(UTC) - timedelta(days=800)
@@ -34,17 +37,10 @@ async def database(
     clone_settings: Settings, tmp_path: Path, request: pytest.FixtureRequest
 ) -> AsyncIterator[Database]:
     """Twelve sealed events in four seals."""
-    changed = {
-        "audit_signing_key": SecretStr(generate_signing_key()),
-        "audit_checkpoints": tmp_path if request.param else None,
-        "audit_retention_months": 12,
-    }
-    async with Database(clone_settings.model_copy(update=changed)) as database:
-        for _ in range(4):
-            async with database.session() as session:
-                events = [factories.new_event() for _ in range(3)]
-                await crud.audit_logs.log_events(session, events)
-            await audit.seal(database)
+    folder = tmp_path if request.param else None
+    changed = {"audit_checkpoints": folder, "audit_retention_months": 12}
+    async with Database(with_signing_key(clone_settings, **changed)) as database:
+        await log_seals(database, 3, 3, 3, 3)
         yield database
 
 

@@ -10,16 +10,13 @@ from dataclasses import replace
 import asyncpg
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import SecretStr
 
-from tests.support import factories
-from tests.support.trail import insert_seal
-from tiger_db import Database, Settings, audit, crud
+from tests.support.trail import insert_seal, log_seals, with_signing_key, without_triggers
+from tiger_db import Database, Settings, audit
 from tiger_db.audit import FindingKind
 from tiger_db.audit.seal_format import Seal, SealPayload, make_seal
 from tiger_db.audit.storage import Connection
-from tiger_db.connections import connect
-from tiger_db.signing import generate_signing_key, public_text
+from tiger_db.signing import public_text
 
 DELETED = (3, 8, 13)
 
@@ -27,22 +24,17 @@ DELETED = (3, 8, 13)
 @pytest.fixture
 async def database(clone_settings: Settings) -> AsyncIterator[Database]:
     """15 sealed events."""
-    key = SecretStr(generate_signing_key())
-    async with Database(clone_settings.model_copy(update={"audit_signing_key": key})) as database:
-        async with database.session() as session:
-            await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(15)])
-        await audit.seal(database)
+    async with Database(with_signing_key(clone_settings)) as database:
+        await log_seals(database, 15)
         yield database
 
 
 @pytest.fixture
 async def owner(clone_settings: Settings) -> AsyncIterator[Connection]:
-    connection = await connect(clone_settings)
-    await connection.execute("ALTER TABLE audit_logs DISABLE TRIGGER USER")
-    await connection.execute("ALTER TABLE audit_logs_default DISABLE TRIGGER USER")
-    await connection.execute("SET session_replication_role = replica")
-    yield connection
-    await connection.close()
+    async with without_triggers(clone_settings) as connection:
+        await connection.execute("ALTER TABLE audit_logs DISABLE TRIGGER USER")
+        await connection.execute("ALTER TABLE audit_logs_default DISABLE TRIGGER USER")
+        yield connection
 
 
 @pytest.fixture

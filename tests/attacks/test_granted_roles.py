@@ -7,15 +7,14 @@ from typing import Any
 
 import asyncpg
 import pytest
-from pydantic import SecretStr
 
 from tests.support.roles import connected_as, granted
 from tests.support.sql import months, sql
-from tiger_db import AuditAction, AuditLog, Database, audit, crud, doctor
+from tests.support.trail import log, with_signing_key
+from tiger_db import AuditAction, AuditLog, Database, audit, doctor
 from tiger_db.connections import connect
 from tiger_db.errors import InvalidState, PrivilegeMissing
 from tiger_db.models import RoleKind
-from tiger_db.signing import generate_signing_key
 
 VALUES = (
     "(id, action, result, severity, {}) VALUES (gen_random_uuid(), 'a:b', 'success', 'low', {})"
@@ -109,8 +108,7 @@ async def app(clone: Database) -> AsyncIterator[Database]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RoleKind)
 async def test_a_granted_role_cannot_change_the_trail(clone: Database, kind: RoleKind) -> None:
-    async with clone.session() as session:
-        await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
+    await log(clone)
     owner = await sql(clone.settings, "SELECT quote_ident(current_user)")
     names = {"owner": owner, "database": clone.settings.database}
     async with granted(clone.settings, kind) as role:
@@ -135,10 +133,8 @@ async def test_a_granted_role_cannot_change_the_trail(clone: Database, kind: Rol
 async def test_a_seal_that_a_sealer_without_the_key_has_made_up(
     clone: Database, statement: str
 ) -> None:
-    key = generate_signing_key()
-    signing = clone.settings.model_copy(update={"audit_signing_key": SecretStr(key)})
-    async with clone.session() as session:
-        await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
+    signing = with_signing_key(clone.settings)
+    await log(clone)
     async with granted(signing, RoleKind.SEALER) as role:
         settings = connected_as(signing, role)
         async with Database(settings) as sealer:
@@ -170,23 +166,20 @@ async def test_the_application_cannot_choose_when_an_event_was_written(
 @pytest.mark.slow
 async def test_honest_events_are_not_accused(clone: Database, app: Database) -> None:
     """The attacker skips positions, and records events with the lowest ids."""
-    key = SecretStr(generate_signing_key())
-    signing = clone.settings.model_copy(update={"audit_signing_key": key})
+    signing = with_signing_key(clone.settings)
     async with (
         granted(signing, RoleKind.SEALER) as sealer,
         granted(signing, RoleKind.AUDITOR) as auditor,
     ):
         for _ in range(2):
-            async with app.session() as session:
-                await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
+            await log(app)
             await sql(
                 app.settings,
                 "SELECT nextval('audit_logs_position_seq') FROM generate_series(1, 20)",
                 f"INSERT INTO audit_logs (id, action, result, severity) SELECT {LOW_IDS}",
                 "SELECT 1",
             )
-            async with app.session() as session:
-                await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
+            await log(app)
             async with Database(connected_as(signing, sealer)) as database:
                 assert (await audit.seal(database)).rows == 22
         async with Database(connected_as(signing, auditor)) as database:

@@ -8,13 +8,12 @@ from uuid import uuid4
 import pytest
 from pydantic import SecretStr
 
-from tests.support import factories
-from tiger_db import Database, Settings, audit, crud, doctor
+from tests.support.trail import log, log_seals, with_signing_key
+from tiger_db import Database, Settings, audit, doctor
 from tiger_db.audit import FindingKind
 from tiger_db.audit.storage import Connection
 from tiger_db.connections import connect
 from tiger_db.errors import SchemaMismatch, StatementRefused
-from tiger_db.signing import generate_signing_key
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 ON_LOGS, ON_SEALS = "trigger refuse_change on audit_logs", "trigger refuse_change on audit_seals"
@@ -41,11 +40,8 @@ SWITCHES = {
 @pytest.fixture
 async def database(clone_settings: Settings) -> AsyncIterator[Database]:
     """Five sealed events."""
-    key = SecretStr(generate_signing_key())
-    settings = clone_settings.model_copy(update={"audit_signing_key": key})
-    async with Database(settings) as database:
-        await log(database, 5)
-        await audit.seal(database)
+    async with Database(with_signing_key(clone_settings)) as database:
+        await log_seals(database, 5)
         yield database
 
 
@@ -54,11 +50,6 @@ async def owner(database: Database) -> AsyncIterator[Connection]:
     connection = await connect(database.settings)
     yield connection
     await connection.close()
-
-
-async def log(database: Database, count: int) -> None:
-    async with database.session() as session:
-        await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(count)])
 
 
 @pytest.mark.slow

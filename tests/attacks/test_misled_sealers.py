@@ -18,8 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import SecretStr
 
-from tests.support import factories
-from tests.support.trail import fetch_seals, insert_seal
+from tests.support.trail import fetch_seals, insert_seal, log, log_seals, with_signing_key
 from tests.support.waiting import until
 from tiger_db import AuditAction, Database, Settings, audit, crud
 from tiger_db.audit import FindingKind, Seal
@@ -32,7 +31,7 @@ from tiger_db.errors import (
     InvalidState,
     TigerDBError,
 )
-from tiger_db.signing import generate_signing_key, public_text
+from tiger_db.signing import public_text
 from tiger_db.testing import environment_of
 
 Attack = Callable[[Connection], Awaitable[str]]  # returns the reason of the refusal
@@ -47,8 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def without_folder(clone_settings: Settings) -> Settings:
-    key = SecretStr(generate_signing_key())
-    return clone_settings.model_copy(update={"audit_signing_key": key})
+    return with_signing_key(clone_settings)
 
 
 @pytest.fixture
@@ -60,9 +58,7 @@ def with_folder(without_folder: Settings, folder: Path) -> Settings:
 async def database(with_folder: Settings) -> AsyncIterator[Database]:
     """Nine sealed events in three seals. The sealer has a folder of checkpoints."""
     async with Database(with_folder) as database:
-        for _ in range(3):
-            await log(database, 3)
-            await audit.seal(database)
+        await log_seals(database, 3, 3, 3)
         yield database
 
 
@@ -72,11 +68,6 @@ async def forgetful(database: Database, without_folder: Settings) -> AsyncIterat
     async with Database(without_folder) as forgetful:
         assert forgetful.settings.database == database.settings.database
         yield forgetful
-
-
-async def log(database: Database, count: int = 1) -> None:
-    async with database.session() as session:
-        await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(count)])
 
 
 async def rows(owner: Connection) -> list[tuple[object, ...]]:
@@ -351,6 +342,7 @@ async def test_a_clock_that_is_apart_seals_nothing(
         def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
             return datetime.now(tz) + timedelta(seconds=seconds)
 
+    # The clock of this machine and of the server are one clock.
     monkeypatch.setattr("tiger_db.audit.sealing.datetime", Wrong)
     await assert_refuses(database, owner, "nothing is sealed until both clocks are correct")
 
@@ -468,6 +460,7 @@ async def test_a_killed_sealer_leaves_no_waiting_backend(
 async def test_maintenance_names_who_holds_the_lock(
     database: Database, owner: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Otherwise, the test would wait for several attempts.
     monkeypatch.setattr("tiger_db.audit.retention._LOCK_ATTEMPTS", 1)
     monkeypatch.setattr("tiger_db.audit.retention._RETRY_PAUSE_SECONDS", 0)
     transaction = owner.transaction()

@@ -8,15 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
-from tests.support import factories
-from tests.support.trail import fetch_seals
-from tiger_db import Database, Settings, audit, crud
+from tests.support.trail import DROP_CHECKS, fetch_seals, log, log_seals, with_signing_key
+from tiger_db import Database, Settings, audit
 from tiger_db.audit import FindingKind
 from tiger_db.audit.storage import Connection
 from tiger_db.errors import InvalidState, SchemaMismatch
-from tiger_db.signing import generate_signing_key
 
 VICTIM = 4
 HIDE = f"position <> {VICTIM}"
@@ -24,35 +21,20 @@ PARTITION = """
 SELECT inhrelid::regclass::text FROM pg_inherits JOIN audit_logs ON audit_logs.tableoid = inhrelid
 WHERE inhparent = 'audit_logs'::regclass LIMIT 1
 """
-DROP_CHECKS = """
-DO $$ DECLARE name text; BEGIN
-    FOR name IN SELECT conname FROM pg_constraint
-        WHERE contype = 'c' AND conrelid = 'audit_logs'::regclass
-    LOOP EXECUTE format('ALTER TABLE audit_logs DROP CONSTRAINT %I', name); END LOOP;
-END $$
-"""
 BOUNDS = "SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE oid = $1::text::regclass"
 
 
 @pytest.fixture
 def settings(clone_settings: Settings) -> Settings:
-    key = SecretStr(generate_signing_key())
-    return clone_settings.model_copy(update={"audit_signing_key": key})
+    return with_signing_key(clone_settings)
 
 
 @pytest.fixture
 async def database(settings: Settings) -> AsyncIterator[Database]:
     """Nine sealed events in three seals."""
     async with Database(settings) as database:
-        for _ in range(3):
-            await log(database, 3)
-            await audit.seal(database)
+        await log_seals(database, 3, 3, 3)
         yield database
-
-
-async def log(database: Database, count: int) -> None:
-    async with database.session() as session:
-        await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(count)])
 
 
 async def partition_in_use(owner: Connection) -> tuple[str, str]:
@@ -213,6 +195,7 @@ async def test_a_trigger_that_changes_the_session_misleads_no_sealer(
         "CREATE TRIGGER mislead BEFORE INSERT ON audit_seals FOR EACH ROW"
         " EXECUTE FUNCTION mislead()"
     )
+    # Several seals in one session, so that the trigger changes the session between them.
     monkeypatch.setattr("tiger_db.audit.sealing.EVENTS_PER_SEAL", 2)
     await log(database, 6)
     with suppress(InvalidState):

@@ -7,14 +7,20 @@ from uuid import UUID
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import SecretStr
 
-from tests.support.trail import SEALS, Trail, exported, fetch_seals, fill, typical
+from tests.support.trail import (
+    SEALS,
+    Trail,
+    exported,
+    fetch_seals,
+    fill,
+    typical,
+    with_signing_key,
+    without_triggers,
+)
 from tiger_db import Database, Settings, crud
 from tiger_db.audit import export_checkpoint, read_checkpoint, seal
 from tiger_db.audit.storage import Connection
-from tiger_db.connections import connect
-from tiger_db.signing import generate_signing_key
 
 
 @pytest.fixture
@@ -28,8 +34,7 @@ def chance() -> random.Random:
 @pytest.fixture
 def key_settings(clone_settings: Settings) -> Settings:
     """Those of a database for this test alone, with a key that signs."""
-    key = SecretStr(generate_signing_key())
-    return clone_settings.model_copy(update={"audit_signing_key": key})
+    return with_signing_key(clone_settings)
 
 
 @pytest.fixture
@@ -40,11 +45,8 @@ async def signing(key_settings: Settings) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def superuser(clone_settings: Settings) -> AsyncIterator[Connection]:
-    """A connection for which triggers are disabled."""
-    connection = await connect(clone_settings)
-    await connection.execute("SET session_replication_role = replica")
-    yield connection
-    await connection.close()
+    async with without_triggers(clone_settings) as connection:
+        yield connection
 
 
 @pytest.fixture

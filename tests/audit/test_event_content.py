@@ -8,19 +8,12 @@ from typing import Any
 import pytest
 
 from tests.support.content_in_sql import CONTENT
-from tests.support.trail import stored_events
+from tests.support.trail import DROP_CHECKS, stored_events
 from tiger_db.audit.event_content import CONTENT_COLUMNS, render_events
 from tiger_db.audit.storage import Connection
 from tiger_db.errors import InvalidState
 
 ROWS = 3000
-DROP_CHECKS = """
-DO $$ DECLARE name text; BEGIN
-    FOR name IN SELECT conname FROM pg_constraint
-        WHERE contype = 'c' AND conrelid = 'audit_logs'::regclass AND conislocal
-    LOOP EXECUTE format('ALTER TABLE audit_logs DROP CONSTRAINT %I', name); END LOOP;
-END $$;
-"""
 LABEL = 'lo"w\\\n\té'
 JSON_COLUMNS = ("details", "old_values", "new_values", "tags")
 INSERT = f"""

@@ -65,6 +65,7 @@ async def other(signing: Settings) -> AsyncIterator[Connection]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise, `maintain` would wait for nine seconds before it gives up.
     monkeypatch.setattr("tiger_db.audit.retention._LOCK_ATTEMPTS", 2)
     monkeypatch.setattr("tiger_db.audit.retention._RETRY_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr("tiger_db.audit.retention._LOCK_TIMEOUT", "200ms")

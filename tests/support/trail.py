@@ -3,16 +3,27 @@
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID, uuid4
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import SecretStr
 from sqlalchemy import text
 
 from tests.support import factories
-from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, audit, crud
+from tiger_db import (
+    AuditAction,
+    AuditLog,
+    AuditResult,
+    AuditSeverity,
+    Database,
+    Settings,
+    audit,
+    crud,
+)
 from tiger_db.audit import AuditFinding, FindingKind, Verification
 from tiger_db.audit.event_content import Event
 from tiger_db.audit.seal_format import (
@@ -28,10 +39,19 @@ from tiger_db.audit.storage import (
     select_events,
 )
 from tiger_db.audit.verifying import TrailVerifier
+from tiger_db.connections import connect
+from tiger_db.signing import generate_signing_key
 
 TAMPERINGS = 500 if os.environ.get("TIGER_DB_SOAK") else 40  # of each kind
 SEALS, HALF = 5, 6  # a seal covers two halves of a batch, with gaps after each
 NEXT = "SELECT nextval('audit_logs_position_seq') FROM generate_series(1, :gaps)"
+DROP_CHECKS = """
+DO $$ DECLARE name text; BEGIN
+    FOR name IN SELECT conname FROM pg_constraint
+        WHERE contype = 'c' AND conrelid = 'audit_logs'::regclass AND conislocal
+    LOOP EXECUTE format('ALTER TABLE audit_logs DROP CONSTRAINT %I', name); END LOOP;
+END $$;
+"""
 FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "resource_type": lambda _: "order",
     "resource_id": lambda r: f"ORD-{r.randrange(10**9)}",
@@ -97,6 +117,33 @@ class Trail:
                 for item in items:
                     verifier.add(item)
         return verifier.finish()
+
+
+def with_signing_key(settings: Settings, **changes: object) -> Settings:
+    """Return the settings with a new signing key, and with other changes."""
+    key = SecretStr(generate_signing_key())
+    return settings.model_copy(update={"audit_signing_key": key, **changes})
+
+
+@asynccontextmanager
+async def without_triggers(settings: Settings) -> AsyncIterator[Connection]:
+    """A connection of the database's owner, for which triggers are disabled."""
+    connection = await connect(settings)
+    await connection.execute("SET session_replication_role = replica")
+    yield connection
+    await connection.close()
+
+
+async def log(database: Database, count: int = 1) -> None:
+    async with database.session() as session:
+        await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(count)])
+
+
+async def log_seals(database: Database, *counts: int) -> None:
+    """Seal each number of new events."""
+    for count in counts:
+        await log(database, count)
+        await audit.seal(database)
 
 
 async def fill(database: Database, chance: random.Random) -> None:
