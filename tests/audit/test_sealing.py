@@ -38,7 +38,7 @@ from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.signing import generate_signing_key, public_text
 
-REPETITIONS = 200 if os.environ.get("TIGER_DB_SOAK") else 20
+REPETITIONS = 200 if os.environ.get("TIGER_DB_SOAK") else 8
 WRITERS = 48
 QUERY = AuditAction.DATA_QUERY
 MANY = """
