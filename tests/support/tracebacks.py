@@ -1,8 +1,11 @@
 """Exceptions that are raised where our own frames hold plain secrets, and what tracebacks show."""
 
+import asyncio
+import linecache
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 
@@ -12,6 +15,7 @@ PACKAGE = str(Path(tiger_db.__file__).parent)
 TESTING = str(Path(tiger_db.__file__).parent / "testing")
 # These functions remove the local variables, also their own ones.
 BOUNDARIES = {"wrapper", "checked", "forget_locals", "_clear"}
+_TRACED_LINES = 200  # of each call: the comparison of the schema runs for many thousands
 Work = Callable[[], Awaitable[object]]
 
 
@@ -49,6 +53,12 @@ def is_own(code: CodeType) -> bool:
     return file.startswith(PACKAGE) and not file.startswith(TESTING)
 
 
+def is_with(frame: FrameType) -> bool:
+    """Return whether a `with` statement begins or ends: an error at its end leaves a file open."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return line.lstrip().startswith(("with ", "async with "))
+
+
 def leaks(error: BaseException, secrets: Collection[str]) -> list[str]:
     """Return the variables with plain secrets in our frames of a traceback, and of its causes."""
     found: list[str] = []
@@ -83,19 +93,35 @@ class Injection:
         self.done: set[CodeType] = set()
         self.injected = False
 
-    def trace(self, frame: FrameType, event: str, _: object) -> object:
-        if not is_own(frame.f_code) or frame.f_code in self.done:
+    def trace(self, frame: FrameType, *_: object) -> object:
+        """Trace the lines of a call. A function gets its secrets in its first lines, if at all."""
+        if not is_own(frame.f_code) or frame.f_code.co_name in BOUNDARIES:
             return None
-        if frame.f_code.co_name in BOUNDARIES:
-            return None
-        if event == "line" and not self.injected and plain(frame, self.secrets):
-            self.done.add(frame.f_code)
-            self.injected = True
-            raise Injected
-        return self.trace
+        left = _TRACED_LINES
+
+        def trace_line(frame: FrameType, event: str, _: object) -> object:
+            nonlocal left
+            left -= 1
+            if frame.f_code in self.done or left == 0:
+                frame.f_trace_lines = False
+            elif (
+                event == "line"
+                and not self.injected
+                and plain(frame, self.secrets)
+                and not is_with(frame)
+            ):
+                self.done.add(frame.f_code)
+                self.injected = True
+                raise Injected
+            return trace_line
+
+        return None if frame.f_code in self.done else trace_line
 
     async def run(self, work: Work) -> BaseException | None:
         self.injected = False
+        # Only new threads are traced, and those of an earlier run would be traced by its object.
+        loop, executor = asyncio.get_running_loop(), ThreadPoolExecutor()
+        loop.set_default_executor(executor)
         sys.settrace(self.trace)  # type: ignore[arg-type]
         threading.settrace(self.trace)  # type: ignore[arg-type]
         try:
@@ -105,4 +131,6 @@ class Injection:
         finally:
             sys.settrace(None)
             threading.settrace(None)
+            loop.set_default_executor(ThreadPoolExecutor())
+            executor.shutdown(wait=False)
         return None
