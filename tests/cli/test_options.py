@@ -9,21 +9,20 @@ from typing import get_args
 
 import pytest
 
-import tiger_db.cli.options
 from tests.support.cli_accounts import NUMBER, REQUIRED, create, stored
 from tests.support.command_line import CommandLine
 from tests.support.factories import plain
 from tests.support.terminal import Terminal
 from tests.support.without_posix import PROGRAM
 from tiger_db import models as enums
-from tiger_db.cli import accounts, audit_events
+from tiger_db.cli import audit_events, options
 from tiger_db.crud import pagination
 from tiger_db.crud.audit_logs import EventDimension
 from tiger_db.tiger import parse_private_key
 
 
 def test_commands_and_functions_have_the_same_page_size() -> None:
-    assert tiger_db.cli.options.DEFAULT_PAGE_SIZE == pagination.DEFAULT_PAGE_SIZE
+    assert options.DEFAULT_PAGE_SIZE == pagination.DEFAULT_PAGE_SIZE
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +34,10 @@ def pem() -> str:
 @pytest.mark.parametrize(
     ("choices", "enum"),
     [
-        (accounts.AccountTypes, enums.AccountType),
-        (accounts.AccountStatuses, enums.AccountStatus),
-        (accounts.Licenses, enums.TigerLicense),
-        (accounts.Environments, enums.TigerEnvironment),
-        (accounts.Markets, enums.MarketPermission),
+        (options.AccountTypes, enums.AccountType),
+        (options.Licenses, enums.TigerLicense),
+        (options.Environments, enums.TigerEnvironment),
+        (options.Markets, enums.MarketPermission),
     ],
 )
 def test_choices_are_the_values_of_the_enum(choices: object, enum: type[StrEnum]) -> None:
@@ -67,7 +65,7 @@ def test_a_role_has_a_name(bare: CommandLine, command: list[str]) -> None:
 
 
 def test_some_options_have_fewer_choices() -> None:
-    assert {*enums.AccountStatus} - set(get_args(accounts.OpenStatuses)) == {"closed"}
+    assert {*enums.AccountStatus} - set(get_args(options.OpenStatuses)) == {"closed"}
 
 
 @pytest.mark.slow

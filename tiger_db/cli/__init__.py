@@ -14,7 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from tiger_db.cli import (
+    account_changes,
     accounts,
+    api_key_changes,
     api_keys,
     audit_events,
     audit_seals,
@@ -56,8 +58,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _module in (
-    database, roles, accounts, api_keys, key_codes, trading, audit_events, audit_seals, refreshes,
-    encryption, tiger,
+    database, roles, account_changes, accounts, api_key_changes, api_keys, key_codes, trading,
+    audit_events, audit_seals, refreshes, encryption, tiger,
 ):  # fmt: skip
     app.add_typer(_module.app)
 

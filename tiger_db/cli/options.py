@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -20,8 +20,17 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=StrEnum)
 DEFAULT_PAGE_SIZE = 50  # equal to crud.pagination.DEFAULT_PAGE_SIZE, which is slow to import
 
+# The following types repeat enums of tiger_db.models, because importing tiger_db.models is slow.
+AccountTypes = Literal["standard", "prime", "global", "paper"]
+OpenStatuses = Literal["active", "inactive", "suspended", "pending_verification"]
+Licenses = Literal["TBNZ", "TBSG", "TBHK", "TBAU", "TBUS"]
+Environments = Literal["PROD", "SANDBOX"]
+Markets = Literal["US", "HK", "CN", "SG"]
+
 AccountArgument = Annotated[str, typer.Argument(metavar="ACCOUNT", help="Account number or id.")]
 AccountOption = Annotated[str | None, typer.Option(help="Number or id of an account.")]
+KeyArgument = Annotated[str, typer.Argument(metavar="PREFIX", help="Prefix or id of the API key.")]
+KeyFile = Annotated[str | None, typer.Option(metavar="FILE", help="File with the whole API key.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Limit = Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of rows.")]
 After = Annotated[
