@@ -11,15 +11,16 @@ from importlib import import_module
 from typing import Any
 
 BUCKET = "archive"
+_FAILURES = {"down": 10**9, "changed": 10**9, "repeated": 3}  # Number of requests that fail.
 
 
 class Store:
     """A server of S3. `fails` lets a request fail.
 
     error: The store answers 500. unanswered: The store does its work, but the answer is lost, so
-    that the client asks twice. cut: Half of the answer arrives. down: This and all later requests
-    fail. changed: The
-    store answers as always, but keeps other bytes than those that it receives from now on.
+    that the client asks twice. cut: Half of the answer arrives. repeated: This request and its two
+    repetitions fail. down: This and all later requests fail. changed: The store answers as always,
+    but from now on keeps other bytes than those that it receives.
     """
 
     def __init__(self) -> None:
@@ -46,12 +47,10 @@ class Store:
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         with self._lock:
             self.requests += 1
-            fails = self._number and (
-                self.requests == self._number
-                or (self._how in ("down", "changed") and self.requests > self._number)
-            )
+            after = self.requests - self._number
+            fails = self._number and 0 <= after < _FAILURES.get(self._how, 1)
             how = self._how if fails else ""
-        if how in ("error", "down"):
+        if how in ("error", "down", "repeated"):
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return []
         # The client sends content in chunks, without its length.
