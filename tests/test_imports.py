@@ -34,7 +34,7 @@ LAYERS = [
     ["actor"],
     ["models", "peppers"],
     ["public"],
-    ["files", "signing", "sqlstates"],
+    ["files", "setting_values", "signing", "sqlstates"],
     ["blocking", "encryption"],
     ["database_urls", "decoding", "errors", "redaction"],
     ["tracebacks", "url_parameters"],

@@ -4,15 +4,11 @@ import getpass
 import hashlib
 import math
 import os
-import re
-from contextlib import suppress
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     SecretStr,
@@ -34,13 +30,12 @@ from tiger_db.database_urls import (
 )
 from tiger_db.errors import ConfigurationError
 from tiger_db.redaction import add_known_secrets
+from tiger_db.setting_values import Archive, Date, File, Port, SchemaName, SecretText, Text
 from tiger_db.tracebacks import forgets_locals
 from tiger_db.url_parameters import SYSTEM_CA, SSLMode, check_combination
 
 if TYPE_CHECKING:
     import asyncpg
-
-StrOrPath = TypeVar("StrOrPath", str, Path)
 
 
 class ConnectionPassword(SecretStr):
@@ -82,66 +77,6 @@ DEFAULT_ARGUMENTS = ConnectArgs(
 )
 
 
-def _without_nul(value: StrOrPath) -> StrOrPath:
-    if "\0" in str(value):
-        raise ValueError("the value must not contain a NUL character")
-    return value
-
-
-def _utf8_secret(value: SecretStr) -> SecretStr:
-    try:
-        _without_nul(value.get_secret_value()).encode()
-    except UnicodeEncodeError:
-        raise ValueError("the value must be UTF-8 text") from None
-    return value
-
-
-def _iso_date(value: object) -> object:
-    """Convert a text such as 2027-01-31 to a date. Return a date, or None, unchanged.
-
-    Raises:
-        ValueError: the value is neither a date, nor None, nor a text of the form YYYY-MM-DD.
-    """
-    if value is None or type(value) is date:
-        return value
-    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
-        with suppress(ValueError):
-            return date.fromisoformat(value)
-    raise ValueError("the value must be a date such as 2027-01-31")
-
-
-def _port(value: object) -> object:
-    """Return the default port for a text such as tcp://10.96.0.1:5432, and other values unchanged.
-
-    For a Service named `db`, Kubernetes sets DB_PORT to such a text in each container.
-    """
-    service = isinstance(value, str) and re.fullmatch(r"(?:tcp|udp|sctp)://\S+:\d+", value)
-    return DEFAULT_PORT if service else value
-
-
-def _schema_name(value: str) -> str:
-    if len(value.encode()) > _MAX_IDENTIFIER_BYTES:
-        raise ValueError(f"the name of a schema must have at most {_MAX_IDENTIFIER_BYTES} bytes")
-    if value.startswith("pg_") or value in ("information_schema", "$user"):
-        raise ValueError("PostgreSQL reserves this name: choose another name for the schema")
-    return value
-
-
-def _archive(value: str) -> str:
-    """Check the location of the archive: a folder, or `s3://bucket/prefix`."""
-    scheme, separator, rest = value.partition("://")
-    if separator and (scheme != "s3" or not re.match(r"[^/?#@]", rest)):
-        raise ValueError("the value must be a folder, or a URL such as s3://bucket/prefix")
-    if "@" in rest.partition("/")[0]:
-        raise ValueError("the URL must not contain credentials: set the variables of AWS")
-    return value
-
-
-Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
-File = Annotated[Path, AfterValidator(_without_nul)]
-Port = Annotated[int, BeforeValidator(_port), Field(ge=1, le=65535)]
-SecretText = Annotated[SecretStr, AfterValidator(_utf8_secret)]
-_MAX_IDENTIFIER_BYTES = 63
 # If the server does not answer for DB_QUERY_TIMEOUT plus 5 seconds, the connection counts as lost.
 _LOST_SERVER_SECONDS = 5
 CHECK_INTERVAL = "client_connection_check_interval"
@@ -177,7 +112,7 @@ class Settings(BaseSettings):
     db_host: Text | None = None
     db_port: Port = DEFAULT_PORT
     db_name: Text = "tiger_db"
-    db_schema: Annotated[Text, AfterValidator(_schema_name)] = DEFAULT_SCHEMA
+    db_schema: SchemaName = DEFAULT_SCHEMA
     db_user: Text = "tiger_db"
     db_password: SecretText | None = None
 
@@ -234,10 +169,10 @@ class Settings(BaseSettings):
     encryption_keys_file: File | None = None
     api_key_peppers: SecretStr | None = None
     api_key_peppers_file: File | None = None
-    api_keys_allow_unpeppered_until: Annotated[date | None, BeforeValidator(_iso_date)] = Field(
+    api_keys_allow_unpeppered_until: Date | None = Field(
         default=None, description="last day (UTC) on which API keys without a pepper are valid"
     )
-    api_keys_allow_unsigned_until: Annotated[date | None, BeforeValidator(_iso_date)] = Field(
+    api_keys_allow_unsigned_until: Date | None = Field(
         default=None,
         description="last day (UTC) on which API keys without an authentication code are valid",
     )
@@ -246,7 +181,7 @@ class Settings(BaseSettings):
     audit_checkpoints: File | None = Field(
         default=None, description="folder of the checkpoints that a sealer saves and compares"
     )
-    audit_archive: Annotated[Text, AfterValidator(_archive)] | None = Field(
+    audit_archive: Archive | None = Field(
         default=None, description="folder or s3:// URL that months are written to"
     )
     audit_retention_months: int | None = Field(default=None, ge=1, le=1200)
