@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 
+from tests.models.examples import minimal
 from tests.support import factories
 from tests.support.recording import recorded
 from tiger_db import (
@@ -36,6 +37,16 @@ HOUR = timedelta(hours=1)
 
 
 # Lookups
+
+
+async def test_a_row_replaces_the_values_of_an_entity_that_the_query_itself_inserts(
+    session: AsyncSession,
+) -> None:
+    session.expunge_all()
+    account = TigerAccount(**minimal(TigerAccount, account_number="U12300123", tags={"a": 1e16}))
+    session.add(account)
+    assert await accounts.get_by_account_number(session, "U12300123") is account
+    assert type(account.tags["a"]) is int  # PostgreSQL stores 1e+16 as an integer
 
 
 @pytest.mark.parametrize(
