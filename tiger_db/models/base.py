@@ -114,11 +114,18 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
         for name, value in related.items():
             self._relate(name, value)
 
-    @forgets_locals
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  # SQLModel's signature
-        if name == "_sa_instance_state":
+        if name == "_sa_instance_state":  # for each loaded row
             self.__dict__[name] = value
-        elif name in self.__sqlmodel_relationships__:
+            return
+        try:
+            self._assign(name, value)
+        finally:
+            del value  # as forgets_locals() does, which would slow down loading
+
+    @forgets_locals
+    def _assign(self, name: str, value: object) -> None:
+        if name in self.__sqlmodel_relationships__:
             self._relate(name, value)
         else:
             self.sqlmodel_update({name: value})

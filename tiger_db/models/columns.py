@@ -217,8 +217,15 @@ class OpenEnum(TypeDecorator[str]):
     ) -> Callable[[Any], Any]:
         # result_processor() is overridden instead of process_result_value(), because the result
         # processor of the native enum raises an error for texts that are not members.
-        members: dict[str, StrEnum] = {member.value: member for member in self.enum}
-        return lambda value: members.get(value, value)
+        members: dict[str | None, StrEnum | None] = {m.value: m for m in self.enum}
+        return _Members(members | {None: None}).__getitem__
+
+
+class _Members(dict[str | None, StrEnum | None]):
+    """The members of an enum by value. Another text is mapped to itself."""
+
+    def __missing__(self, value: str) -> str:
+        return value
 
 
 def is_native_enum(type_: TypeEngine[Any]) -> bool:

@@ -208,7 +208,7 @@ def _has_text(secret: EncryptedSecret, text: str, provider: KeyProvider | None) 
         return False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, because the constructor of a frozen class is slow
 class LoadedRow:
     """The values of a loaded row to which its secrets are bound. See `EncryptedSecret.source`."""
 
