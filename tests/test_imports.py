@@ -23,6 +23,7 @@ LAYERS = [
         "refresh_worker",
         "tiger",
     ],
+    ["refresh_outcomes"],
     ["database"],
     ["connections", "migrations"],
     ["keys_in_force"],

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -19,39 +19,31 @@ from sqlalchemy.exc import DBAPIError
 
 from tiger_db.actor import Actor, acting_as
 from tiger_db.connections.listener import listen
-from tiger_db.crud import accounts, token_status
-from tiger_db.crud.common import error_text, get_or_raise, replace_unstorable
-from tiger_db.database import AsyncSession, Database
+from tiger_db.crud import token_status
+from tiger_db.crud.common import error_text, get_or_raise
+from tiger_db.database import Database
 from tiger_db.errors import (
     AnswerLost,
-    CredentialsRefused,
-    InvalidState,
     InvalidValue,
     LeaseLost,
-    NotFound,
     RefreshFailed,
-    RefreshLimited,
-    StaleToken,
     TigerDBError,
 )
-from tiger_db.models import Entity, TigerAccount, TokenRefreshStatus, TokenStatus
+from tiger_db.models import TigerAccount, TokenStatus
 from tiger_db.models.token_status import CHANNEL, NewToken
 from tiger_db.public import public
+from tiger_db.refresh_outcomes import MAX_RETRY_PAUSE_SECONDS, RETRY_PAUSE_SECONDS, OutcomeWriter
 from tiger_db.sqlstates import is_transient
 
 T = TypeVar("T")
 Refresher = Callable[[TigerAccount], Awaitable[NewToken]]
 POLL_SECONDS = 5.0  # Longest pause between two queries for due refreshes and expired leases.
-_RETRY_PAUSE_SECONDS = 0.2  # Wait before the first retry. Each retry doubles the wait.
-_MAX_RETRY_PAUSE_SECONDS = 5.0
 _RATE_WINDOW_SECONDS = 60.0
 _HEARTBEATS_PER_LEASE = 3
 _GRACE_SECONDS = 30.0  # Longest time from a call of `stop` to the end of `run`.
 _STORING_SHARE = 0.2  # Share of _GRACE_SECONDS that is reserved for storing the outcomes.
 _CANCELLING_SHARE = 0.05  # Share of _GRACE_SECONDS that is reserved for cancelling attempts.
 _CANCEL_SECONDS = 1.0  # Longest wait for the end of a cancelled task.
-_MAX_ERROR_CODE_LENGTH = 50
-_MAX_RETRY_AFTER = timedelta(days=7)
 _logger = logging.getLogger("tiger_db")
 
 
@@ -103,12 +95,12 @@ class RefreshWorker:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:6]}"[-100:]
         self._actor = Actor(user_id=self.name, user_type="worker")
         self.counts: Counter[str] = Counter()  # number of claims with each outcome
+        self._outcomes = OutcomeWriter(database, self.counts)
         self._call_times: dict[bytes | None, deque[float]] = defaultdict(deque)
         self._attempts: dict[UUID, asyncio.Task[None]] = {}  # Attempts in progress, by refresh id.
         self._late: set[asyncio.Task[Any]] = set()  # Tasks that wait for cancelled refreshers.
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._deadline = math.inf  # latest monotonic time at which `run` ends
 
     def stop(self) -> None:
         """Claim no more refreshes, so that `run` returns within 30 seconds.
@@ -116,7 +108,8 @@ class RefreshWorker:
         If the refresher does not return in time, the worker cancels the refresher. If the outcome
         of a refresh cannot be stored in time, the lease of the refresh expires.
         """
-        self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
+        end = time.monotonic() + _GRACE_SECONDS
+        self._outcomes.deadline = min(self._outcomes.deadline, end)
         self._stopping.set()
         self._wake.set()
 
@@ -172,25 +165,27 @@ class RefreshWorker:
                     session, refresh_id, worker=self.name, lease=self.lease
                 )
             await self._attempt(claim, start)
-            return await self._save(lambda session: get_or_raise(session, TokenStatus, refresh_id))
+            return await self._outcomes.save(
+                lambda session: get_or_raise(session, TokenStatus, refresh_id)
+            )
 
     async def _work(self, *, once: bool) -> None:
         listener = None
         if not once:
             listening = listen(self.database.settings, CHANNEL, self._handle_notification)
             listener = asyncio.create_task(listening)
-        pause = _RETRY_PAUSE_SECONDS
+        pause = RETRY_PAUSE_SECONDS
         try:
             while not self._stopping.is_set():
                 self._wake.clear()
                 try:
                     wait = await self._start_due()
-                    pause = _RETRY_PAUSE_SECONDS
+                    pause = RETRY_PAUSE_SECONDS
                 except (TigerDBError, DBAPIError) as error:
                     if once or not is_transient(error):
                         raise
                     _logger.warning("the refresh worker waits for the database: %s", error)
-                    wait, pause = pause, min(pause * 2, _MAX_RETRY_PAUSE_SECONDS)
+                    wait, pause = pause, min(pause * 2, MAX_RETRY_PAUSE_SECONDS)
                 if once and wait > 0 and not self._attempts and not self._wake.is_set():
                     return
                 with suppress(TimeoutError):
@@ -221,7 +216,7 @@ class RefreshWorker:
         finally:
             stop.cancel()
         if not task.done() and self._stopping.is_set():
-            end = min(end, self._deadline - reserve * _GRACE_SECONDS)
+            end = min(end, self._outcomes.deadline - reserve * _GRACE_SECONDS)
             await asyncio.wait({task}, timeout=max(end - time.monotonic(), 0))
 
     async def _start_due(self) -> float:
@@ -264,12 +259,14 @@ class RefreshWorker:
             wait = self._rate_limit_wait(claim.tiger_account)
             if self._stopping.is_set() or wait > 0:
                 again = timedelta(seconds=wait)
-                await self._save(partial(token_status.give_back, claim=claim, wait=again))
+                await self._outcomes.save(partial(token_status.give_back, claim=claim, wait=again))
                 self.counts["given back"] += 1
                 return
             interval = self.lease.total_seconds() / _HEARTBEATS_PER_LEASE
             if time.monotonic() - claimed_after > interval:  # the lease possibly expires soon
-                await self._save(partial(token_status.heartbeat, claim=claim, lease=self.lease))
+                await self._outcomes.save(
+                    partial(token_status.heartbeat, claim=claim, lease=self.lease)
+                )
         except LeaseLost:
             self.counts["lost"] += 1
             return
@@ -279,9 +276,9 @@ class RefreshWorker:
             answer: NewToken | RefreshFailed | None = await self._ask(claim)
             milliseconds = round((time.monotonic() - start) * 1000)
             if isinstance(answer, NewToken):
-                answer = await self._complete(claim, answer, milliseconds)
+                answer = await self._outcomes.complete(claim, answer, milliseconds)
             if answer is not None:
-                await self._fail(claim, answer, milliseconds)
+                await self._outcomes.fail(claim, answer, milliseconds)
         finally:
             heartbeats.cancel()
             await asyncio.wait([heartbeats])
@@ -355,145 +352,14 @@ class RefreshWorker:
             return
         milliseconds = round((time.monotonic() - start) * 1000)
         try:
-            error: Exception | None = await self._complete(claim, task.result(), milliseconds)
+            error: Exception | None = await self._outcomes.complete(
+                claim, task.result(), milliseconds
+            )
         except Exception as problem:  # noqa: BLE001  # the error message may show a secret
             error = problem
         if error is not None:
             self.counts["broken"] += 1
             _logger.error("a new token cannot be stored and is lost: %s", type(error).__name__)
-
-    async def _complete(
-        self, claim: TokenStatus, token: NewToken, milliseconds: int
-    ) -> AnswerLost | None:
-        """Store a new token and return None, or return an error if the token cannot be stored."""
-        token = _without_unstorable(claim, token)
-        for storable in (token, NewToken(token.access_token)):
-            try:
-                await self._store(claim, storable, milliseconds)
-            except Exception as error:
-                if is_transient(error):
-                    raise
-                reason = f"the new token cannot be stored: {type(error).__name__}"
-            else:
-                return None
-        return AnswerLost(reason, broker_code=token.code)
-
-    async def _store(self, claim: TokenStatus, token: NewToken, milliseconds: int) -> None:
-        """Complete the refresh with a new token, or call `_offer` if the claim was lost."""
-        label = claim.tiger_account.label()
-        try:
-            refresh = await self._save(
-                lambda session: token_status.complete(
-                    session,
-                    claim,
-                    access_token=token.access_token,
-                    refresh_token=token.refresh_token,
-                    expires_at=token.expires_at,
-                    api_response_code=token.code,
-                    api_response_time_ms=milliseconds,
-                )
-            )
-        except (LeaseLost, NotFound):
-            await self._offer(claim, token)
-        except StaleToken:
-            self.counts["stale"] += 1
-            _logger.warning(
-                "%s already has a token that is newer than the token from this refresh", label
-            )
-        else:
-            self.counts["refreshed"] += 1
-            due = refresh.next_refresh_at
-            _logger.info("%s has a new token; the next refresh is due at %s", label, due)
-
-    async def _offer(self, claim: TokenStatus, token: NewToken) -> None:
-        """Store the new token of a lost claim if the account's token is older."""
-
-        async def offer(session: AsyncSession) -> bool:
-            refresh = await token_status.get(session, claim.id)
-            new_hash = token_status.token_hash(token.access_token)
-            if refresh is not None and refresh.new_token_hash == new_hash:
-                return False  # an earlier, unconfirmed commit has stored the token
-            await accounts.update_tokens(
-                session,
-                claim.tiger_account_id,
-                access_token=token.access_token,
-                refresh_token=token.refresh_token,
-                token_expires_at=token.expires_at,
-                refresh_id=claim.id,
-            )
-            return True
-
-        label = claim.tiger_account.label()
-        try:
-            offered = await self._save(offer)
-        except (InvalidState, NotFound) as error:  # StaleToken is a subclass of InvalidState
-            self.counts["lost"] += 1
-            _logger.warning(
-                "%s: the claim was lost, and the new token was not stored: %s", label, error
-            )
-            return
-        self.counts["offered" if offered else "refreshed"] += 1
-        if offered:
-            _logger.warning("%s: the claim was lost, but the new token was stored", label)
-
-    async def _fail(self, claim: TokenStatus, error: RefreshFailed, milliseconds: int) -> None:
-        """Store the failure of an attempt, with the error if the error can be stored."""
-        account = claim.tiger_account
-
-        async def fail(session: AsyncSession) -> TokenStatus:
-            refused, message = isinstance(error, CredentialsRefused), error_text(error)
-            if refused:
-                now = await get_or_raise(session, TigerAccount, account.id, lock=True)
-                if now.readable_token() != account.readable_token():
-                    message = f"{error} (the account no longer has the refused token)"
-                    refused = False
-            return await token_status.fail(
-                session,
-                claim,
-                message=message,
-                error_code=replace_unstorable(type(error).__name__)[:_MAX_ERROR_CODE_LENGTH],
-                retry_after=_retry_after(error),
-                credentials_refused=refused,
-                answer_lost=isinstance(error, AnswerLost),
-                api_response_code=_storable(claim, "api_response_code", error.broker_code),
-                api_response_time_ms=milliseconds,
-            )
-
-        try:
-            try:
-                refresh = await self._save(fail)
-            except Exception as problem:
-                if isinstance(problem, LeaseLost | NotFound) or is_transient(problem):
-                    raise
-                await self._save(partial(token_status.fail_unknown, claim=claim))
-                outcome = f"the error of the refresh cannot be stored: {type(problem).__name__}"
-            else:
-                final = refresh.status == TokenRefreshStatus.FAILED
-                then = "no attempt is left" if final else f"next attempt at {refresh.scheduled_at}"
-                outcome = f"{refresh.error_message}; {then}"
-        except (LeaseLost, NotFound):
-            self.counts["lost"] += 1
-            _logger.warning("%s: the claim was lost after the refresh had failed", account.label())
-            return
-        self.counts["failed"] += 1
-        _logger.warning("%s: the refresh failed: %s", account.label(), outcome)
-
-    async def _save(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
-        """Call the function `work` in a transaction.
-
-        If the database is unavailable, repeat the transaction.
-        """
-        pause = _RETRY_PAUSE_SECONDS
-        while True:
-            try:
-                async with self.database.session() as session:
-                    return await work(session)
-            except (TigerDBError, DBAPIError) as error:
-                if not is_transient(error) or time.monotonic() + pause > self._deadline:
-                    raise
-                _logger.warning("a refresh waits for the database: %s", type(error).__name__)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _MAX_RETRY_PAUSE_SECONDS)
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:
@@ -501,32 +367,3 @@ async def _cancel(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks, timeout=_CANCEL_SECONDS)
-
-
-def _without_unstorable(claim: TokenStatus, token: NewToken) -> NewToken:
-    """Return a copy of a new token, without the optional values that cannot be stored."""
-    account, refresh_token = claim.tiger_account, token.refresh_token
-    return NewToken(
-        token.access_token,
-        expires_at=_storable(account, "token_expires_at", token.expires_at),
-        refresh_token=refresh_token if _storable(account, "refresh_token", refresh_token) else None,
-        code=_storable(claim, "api_response_code", token.code),
-    )
-
-
-def _storable(row: Entity, name: str, value: T | None) -> T | None:
-    """Return the broker's value for the field `name` of a row, or None for an invalid value."""
-    try:
-        storable: T | None = row.validate_changes({name: value})[name]
-    except (ValueError, TypeError, OverflowError):  # pydantic's ValidationError is a ValueError
-        _logger.warning("%s: the broker's %s is invalid and was not stored", row.label(), name)
-        return None
-    return storable
-
-
-def _retry_after(error: RefreshFailed) -> timedelta | None:
-    """Return `retry_after` of an error, but at most 7 days, or None if the value is invalid."""
-    wait = error.retry_after if isinstance(error, RefreshLimited) else None
-    if not isinstance(wait, timedelta) or wait < timedelta(0):
-        return None
-    return min(wait, _MAX_RETRY_AFTER)
