@@ -102,6 +102,7 @@ async def test_a_cancelled_statement_ends_in_the_server_and_holds_no_locks(
 
 
 @both
+@pytest.mark.slow
 async def test_cancelled_statements_do_not_exceed_the_bound_of_the_pool(
     clone_settings: Settings, cancel: Cancel
 ) -> None:

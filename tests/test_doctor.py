@@ -636,6 +636,7 @@ async def test_a_sealer_without_memory_is_reported(
     assert (await found(missing, check)).status == "problem"
 
 
+@pytest.mark.slow
 async def test_roles_are_compared(clone_settings: Settings) -> None:
     check = "database roles"
     production = clone_settings.model_copy(update={"environment": "production"})

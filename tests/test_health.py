@@ -5,13 +5,13 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from pydantic import SecretStr
@@ -19,12 +19,14 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.encryption_keys import OTHER_KEY
+from tests.support.servers import create_database
 from tests.support.sql import CITUS_CATALOG, months, sql
 from tiger_db import AuditAction, AuditLog, Database, crud, embedded
 from tiger_db.connections import maintenance_engine
 from tiger_db.health import HealthReport, check_readiness
 from tiger_db.migrations import MONTHS_AHEAD, upgrade
 from tiger_db.settings import Settings
+from tiger_db.testing import databases
 
 
 def exists(path: Path) -> bool:
@@ -68,13 +70,19 @@ async def test_a_healthy_database_has_no_problem(clone_settings: Settings) -> No
     assert json.loads(json.dumps(asdict(report))) == asdict(report)
 
 
+@pytest.fixture
+async def unanalyzed(server_url: str, template: str) -> AsyncIterator[Database]:
+    """A database without estimates, which an earlier test can have left in those of the pool."""
+    settings = await create_database(server_url, f"tiger_db_rows_{uuid4().hex[:12]}", template)
+    async with Database(settings) as database:
+        yield database
+    await databases.drop(server_url, settings.database)
+
+
 @pytest.mark.slow
-async def test_rows_are_estimates_over_all_partitions(
-    clone: Database, clone_settings: Settings
-) -> None:
-    await sql(clone_settings, "ANALYZE")  # an earlier test can have left estimates
-    assert set((await check_readiness(clone_settings)).rows.values()) <= {0, None}
-    async with clone.session() as session:
+async def test_rows_are_estimates_over_all_partitions(unanalyzed: Database) -> None:
+    assert set((await check_readiness(unanalyzed.settings)).rows.values()) <= {0, None}
+    async with unanalyzed.session() as session:
         for _ in range(3):
             await factories.account(session)
         next_month = datetime.now(UTC).replace(day=1) + timedelta(days=40)
@@ -85,29 +93,27 @@ async def test_rows_are_estimates_over_all_partitions(
                 AuditLog(action=AuditAction.DATA_QUERY, id=uuid7_at(next_month)),
             ],
         )
-    await sql(clone_settings, "ANALYZE tiger_accounts, audit_logs")
-    await sql(clone_settings, "ALTER TABLE tiger_accounts SET (autovacuum_enabled = false)")
-    async with clone.session() as session:
+    await sql(unanalyzed.settings, "ANALYZE tiger_accounts, audit_logs")
+    await sql(unanalyzed.settings, "ALTER TABLE tiger_accounts SET (autovacuum_enabled = false)")
+    async with unanalyzed.session() as session:
         await session.execute(text("DELETE FROM tiger_accounts"))  # does not change the estimates
-    assert (await check_readiness(clone_settings)).rows == {
+    assert (await check_readiness(unanalyzed.settings)).rows == {
         "api_key_limits": 0, "api_key_usage": 0, "api_keys": 0,
         "audit_logs": 5, "audit_seals": 0, "granted_roles": 0, "tiger_accounts": 3,
         "token_statuses": 0, "trading_pauses": 0,
     }  # fmt: skip
 
 
-async def test_rows_without_analyze_are_estimated_from_the_statistics(
-    clone: Database, clone_settings: Settings
-) -> None:
+async def test_rows_without_analyze_are_estimated_from_the_statistics(unanalyzed: Database) -> None:
     await sql(
-        clone_settings,
+        unanalyzed.settings,
         "ALTER TABLE tiger_accounts SET (autovacuum_enabled = false)",
         f"ALTER TABLE {months(0, 0)[0]} SET (autovacuum_enabled = false)",
     )
-    async with clone.session() as session:
+    async with unanalyzed.session() as session:
         await factories.account(session)
         await session.execute(text("SELECT pg_stat_force_next_flush()"))
-    rows = (await check_readiness(clone_settings)).rows
+    rows = (await check_readiness(unanalyzed.settings)).rows
     assert rows["tiger_accounts"] == 1
     assert rows["audit_logs"] == 1
     assert rows["api_keys"] == 0

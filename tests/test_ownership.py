@@ -174,6 +174,7 @@ async def test_a_closed_database_belongs_to_nobody(clone_settings: Settings) -> 
     assert in_child(lambda: asyncio.run(use())) == "0"
 
 
+@pytest.mark.slow
 async def test_an_unused_database_belongs_to_nobody(clone_settings: Settings) -> None:
     database = Database(clone_settings)
     assert in_child(lambda: asyncio.run(read(database))) == "0"

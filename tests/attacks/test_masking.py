@@ -49,6 +49,7 @@ async def test_the_trail_keeps_ordinary_texts(session: AsyncSession) -> None:
         assert (event.details, event.error_message) == ({"said": told}, told)
 
 
+@pytest.mark.slow
 def test_a_secret_at_the_place_where_a_text_is_cut_is_masked() -> None:
     """A text is cut before it is masked, and a mask is shorter than a secret."""
     limit, secret = 3_000, "https://u:hunter2hunter2hunter2@h"

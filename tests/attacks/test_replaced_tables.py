@@ -210,6 +210,7 @@ async def test_a_trigger_that_changes_the_session_misleads_no_sealer(
 
 
 @pytest.mark.parametrize("change", ["CACHE 10", "INCREMENT -1", "MAXVALUE 12 CYCLE"])
+@pytest.mark.slow
 async def test_a_changed_sequence_accuses_no_honest_writer(
     database: Database, owner: Connection, change: str
 ) -> None:

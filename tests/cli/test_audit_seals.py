@@ -275,6 +275,7 @@ def test_a_signing_key_is_changed(sealed: CommandLine, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_sealing_goes_on_after_a_restore(
     sealed: CommandLine, clone_settings: Settings, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def test_a_merge_of_migrations_follows_both(
     assert known_revisions()["b2"] == {"a1", "a2"}
 
 
+@pytest.mark.slow
 def test_importing_all_names_imports_no_slow_library_that_few_functions_need() -> None:
     slow = {
         "alembic",

@@ -152,7 +152,12 @@ FIELDS: dict[str, list[tuple[object, object, str | dict[str, str] | None]]] = {
 
 
 @pytest.mark.parametrize(
-    ("field", "given_", "kept", "note"), [(name, *case) for name in FIELDS for case in FIELDS[name]]
+    ("field", "given_", "kept", "note"),
+    [
+        pytest.param(name, *case, marks=pytest.mark.slow if case[1] is CUT else ())
+        for name in FIELDS
+        for case in FIELDS[name]
+    ],
 )
 def test_an_invalid_field_is_converted_and_noted(
     field: str, given_: object, kept: object, note: str | dict[str, str] | None

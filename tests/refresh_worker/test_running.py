@@ -194,6 +194,7 @@ async def test_listening_survives_its_connection(
     await connection.close()
 
 
+@pytest.mark.slow
 async def test_a_refresh_starts_when_it_becomes_due(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

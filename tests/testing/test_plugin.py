@@ -78,7 +78,7 @@ class Project:
             options = "-o", "asyncio_default_fixture_loop_scope=function", *options
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider",
-             *options],
+             "-p", "no:hypothesispytest", *options],
             cwd=self.folder, env=self.environ, capture_output=True, text=True, check=False,
         )  # fmt: skip
         return done.returncode, done.stdout + done.stderr

@@ -177,6 +177,7 @@ async def test_peppers_rotate(clone_settings: Settings, check: Check) -> None:
             await check(database, raw_key)
 
 
+@pytest.mark.slow
 async def test_a_concurrently_changed_hash_is_not_replaced(clone_settings: Settings) -> None:
     """Two uses replace a hash concurrently, and a use finds the row locked."""
     async with Database(allowing(clone_settings, TODAY)) as clone:
