@@ -4,8 +4,8 @@ import asyncpg
 import pytest
 
 from tests.support.roles import connected_as, granted, new_role
-from tests.support.sql import sql
-from tiger_db import Settings
+from tests.support.sql import months, sql
+from tiger_db import Database, Settings, audit
 from tiger_db.connections import maintenance_engine
 from tiger_db.errors import InvalidValue
 from tiger_db.migrations import roles, upgrade
@@ -137,6 +137,17 @@ async def test_a_role_that_has_passed_its_privileges_on(clone_settings: Settings
             for privilege in ("CREATE", "USAGE WITH GRANT OPTION"):
                 may = f"SELECT has_schema_privilege('{other}', 'public', '{privilege}')"
                 assert not await sql(clone_settings, may)
+
+
+async def test_default_privileges_on_new_partitions_are_revoked(clone_settings: Settings) -> None:
+    async with granted(clone_settings, RoleKind.APP) as role:
+        await sql(
+            clone_settings, f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {role}",
+            f"DROP TABLE {months(12, 12)[0]}", "SELECT 1",
+        )  # fmt: skip
+        async with Database(clone_settings) as database:
+            assert (await audit.maintain(database)).made == 1
+        assert await differences(clone_settings) == []
 
 
 @pytest.mark.parametrize("name", ["a%s  b:c\"d'e\n$1 \\", "ü" * 31, "--help", "`id` $(id)"])
