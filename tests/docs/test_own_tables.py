@@ -1,4 +1,7 @@
-"""The half of docs/adding-an-entity.md for applications, followed to the letter."""
+"""The half of docs/adding-an-entity.md for applications, followed to the letter.
+
+The types of its code are tested in tests/types/test_user_project.py.
+"""
 
 import asyncio
 import os
@@ -190,15 +193,3 @@ async def test_without_include_object_the_tables_of_tiger_db_would_be_dropped(
     await asyncio.to_thread(application.run, "alembic revision --autogenerate -m with")
     (path,) = (tmp_path / "migrations" / "versions").glob("*_with.py")
     assert "drop_" not in path.read_text().partition("def downgrade")[0]
-
-
-@pytest.mark.slow
-async def test_the_code_of_the_page_has_correct_types(
-    clone_settings: Settings, tmp_path: Path
-) -> None:
-    application = Application(tmp_path, clone_settings)
-    for file, text in (FILES | {"use.py": USE, "app/__init__.py": ""}).items():
-        application.write(file, text)
-    await asyncio.to_thread(
-        application.run, f"'{sys.executable}' -m mypy --strict use.py migrations/env.py"
-    )

@@ -24,7 +24,7 @@ def test_the_tests_of_the_page_pass(tmp_path: Path, server_url: str) -> None:
     mine = {name for name in os.environ if name.startswith("PYTEST_")}
     environ = {name: value for name, value in os.environ.items() if name not in mine}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *OPTIONS, "-n", "2"],
+        [sys.executable, "-m", "pytest", *OPTIONS],
         cwd=tmp_path, env=environ | {GIVEN: server_url, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

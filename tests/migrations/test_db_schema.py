@@ -29,7 +29,7 @@ from tiger_db.signing import generate_signing_key
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = ("tiger_db_api_keys", "tiger_db_audit_logs", "tiger_db_refreshes")
-ODD = ["Tiger-DB", 'a "b".c, d', "select", "été $$ 100%", "x" * 63]
+ODD = ['Tiger-DB a "b".c, été $$ 100%', "select", "x" * 63]
 TABLES = """
 SELECT count(*) FILTER (WHERE nspname = $1), count(*) FILTER (WHERE nspname <> $1) FROM pg_class
 JOIN pg_namespace AS n ON n.oid = relnamespace WHERE nspname !~ '^(pg_|information_schema$)'
