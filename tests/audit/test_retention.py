@@ -481,7 +481,7 @@ async def test_an_event_committed_while_its_month_is_retired_is_not_lost(
 async def test_concurrent_maintenance_does_everything_once(
     signing: Settings, database: Database, other: Connection
 ) -> None:
-    rounds = 5
+    rounds = 3
     for ago in range(KEPT + 1, KEPT + 1 + 2 * rounds):
         await put(other, ago)
     await audit.seal(database)

@@ -491,10 +491,9 @@ async def test_0011_keeps_numbers_that_would_collide_and_their_accounts_stay_usa
 async def test_0011_can_be_undone_and_repeated(clone: Database) -> None:
     await numbered(clone, "U1", "u1")
     async with maintenance_engine(clone.settings) as engine:
-        for _ in range(2):
-            await downgrade(engine, "0010")
-            await upgrade(engine)
-            assert await drift(engine) == []
+        await downgrade(engine, "0010")
+        await upgrade(engine)
+        assert await drift(engine) == []
         # After an interrupted validation, the whole migration runs again.
         await downgrade(engine, "0011")
         async with engine.begin() as connection:
