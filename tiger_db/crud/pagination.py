@@ -132,19 +132,19 @@ async def paginate(
     if before is not None:
         rows.reverse()
     has_next, has_previous = (more, after is not None) if before is None else (True, more)
-    first, last = (
-        encode_cursor(
-            listed,
-            rows[at].id,
-            _key(listed, order_by, rows[at]),
-            order_by=order_by,
-            filters=filters,
-        )
-        if rows
-        else None
-        for at in (0, -1)
+    if not rows:
+        return Page(rows, total=total)
+
+    def cursor_at(row: E_) -> str:
+        key = _key(listed, order_by, row)
+        return encode_cursor(listed, row.id, key, order_by=order_by, filters=filters)
+
+    return Page(
+        rows,
+        cursor_at(rows[-1]) if has_next else None,
+        cursor_at(rows[0]) if has_previous else None,
+        total,
     )
-    return Page(rows, last if has_next else None, first if has_previous else None, total)
 
 
 def check_limit(limit: int) -> None:
