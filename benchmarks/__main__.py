@@ -12,17 +12,7 @@ from pathlib import Path
 
 import asyncpg
 
-from benchmarks import (
-    accounts,
-    audit,
-    bare,
-    growth,
-    keys,
-    processes,
-    refreshes,
-    sessions,
-    trail,
-)
+from benchmarks import accounts, audit, bare, growth, keys, processes, refreshes, trail
 from benchmarks.work import ROUNDS, Result, Work, measure
 from tests.support.servers import create_database
 from tiger_db import Database
@@ -65,8 +55,6 @@ async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
             asyncpg.create_pool(**arguments, init=_json, min_size=1) as pool,
         ):
             results: list[Result] = []
-            async with sessions.works(database) as more:
-                results += [await measured(work) for work in more]
             for works in (accounts.works, keys.works, audit.works):
                 results += [await measured(work) for work in await works(database, pool)]
             async with keys.memory_works(database, pool) as more:

@@ -41,6 +41,7 @@ from tiger_db import (
 from tiger_db.connections import connect_args
 
 ACCOUNTS = 1000
+SESSION = "a session of one statement"
 CHECK_KEY = "check a key in a session"
 LOG_EVENT = "log one event in a session"
 FIRST_PAGE = f"first page of {PAGE} of {ROWS:,} events"
@@ -62,12 +63,18 @@ SCOPES = enum(APIKeyScope, "api_key_scope")
 TIME = cast("type[DateTime]", DateTime(timezone=True))
 
 
-class Account(SQLModel, table=True):
-    __tablename__: ClassVar[Any] = "tiger_accounts"
-
+class Row(SQLModel):
     id: UUID = Field(default_factory=uuid7, primary_key=True)
     created_at: datetime = Field(default=None, sa_type=TIME)
+
+
+class MutableRow(Row):
     updated_at: datetime = Field(default=None, sa_type=TIME)
+
+
+class Account(MutableRow, table=True):
+    __tablename__: ClassVar[Any] = "tiger_accounts"
+
     account_name: str
     account_number: str
     account_type: AccountType = Field(sa_type=enum(AccountType, "account_type"))
@@ -100,12 +107,9 @@ class Account(SQLModel, table=True):
     refresh_token: bytes | None = Field(sa_type=LargeBinary)
 
 
-class Key(SQLModel, table=True):
+class Key(MutableRow, table=True):
     __tablename__: ClassVar[Any] = "api_keys"
 
-    id: UUID = Field(default_factory=uuid7, primary_key=True)
-    created_at: datetime = Field(default=None, sa_type=TIME)
-    updated_at: datetime = Field(default=None, sa_type=TIME)
     name: str
     key_prefix: str
     root_id: UUID | None
@@ -131,11 +135,9 @@ class Key(SQLModel, table=True):
     mac_denied_at: datetime | None = Field(default=None, sa_type=TIME)
 
 
-class Event(SQLModel, table=True):
+class Event(Row, table=True):
     __tablename__: ClassVar[Any] = "audit_logs"
 
-    id: UUID = Field(default_factory=uuid7, primary_key=True)
-    created_at: datetime = Field(default=None, sa_type=TIME)
     action: str
     result: AuditResult = Field(
         default=AuditResult.SUCCESS, sa_type=enum(AuditResult, "audit_result")
@@ -189,11 +191,27 @@ async def works(database: Database) -> AsyncIterator[list[Work]]:
     """Yield the benchmarks on a database with at least 1,000 accounts and 50 events."""
     async with sessions(database) as bare:
         yield [
+            session_work(database, bare),
             await key_work(database, bare),
             event_work(database, bare),
             page_work(database, bare),
             accounts_work(database, bare),
         ]
+
+
+def session_work(database: Database, bare: Bare) -> Work:
+    statement = select(1)
+
+    async def ours() -> None:
+        async with database.session() as session:
+            await session.exec(statement)
+
+    async def theirs() -> None:
+        async with bare() as session:
+            await session.exec(statement)
+            await session.commit()
+
+    return Work(SESSION, ours, theirs, times=300)
 
 
 async def key_work(database: Database, bare: Bare) -> Work:

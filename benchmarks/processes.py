@@ -60,7 +60,7 @@ def import_work() -> Work:
     return Work(
         NAMES,
         _process(["-c", "from tiger_db import *"]),
-        _process(["-c", "import sqlmodel, sqlalchemy.ext.asyncio, asyncpg"]),
+        _process(["-c", _LIBRARIES]),
         times=1,
     )
 
