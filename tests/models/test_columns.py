@@ -264,6 +264,28 @@ async def test_a_value_that_was_replaced_changes_its_row_no_more(
     assert (await reloaded(session, account)).tags == {"b": 2}
 
 
+async def test_a_value_is_tracked_after_a_commit_and_replaced_after_a_rollback(
+    clone: Database,
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session, tags={"a": [1]})
+        tags = account.tags
+        for number in (2, 3):
+            tags["a"].append(number)  # type: ignore[union-attr]  # it is a list
+            await session.commit()
+            assert account.tags is tags
+        tags["a"].append(4)  # type: ignore[union-attr]  # it is a list
+        await session.rollback()
+        await session.refresh(account)
+        tags["a"].append(5)  # type: ignore[union-attr]  # it is a list
+        assert account not in session.dirty
+        account.tags["a"].append(6)  # type: ignore[union-attr]  # it is a list
+    async with clone.session() as session:
+        stored = await session.get(TigerAccount, account.id)
+        assert stored is not None
+        assert stored.tags == {"a": [1, 2, 3, 6]}
+
+
 async def test_json_shows_the_fields_of_a_loaded_row_in_order(session: AsyncSession) -> None:
     account = await factories.account(session, tags={"a": 1})
     session.expunge_all()
