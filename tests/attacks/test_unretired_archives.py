@@ -215,6 +215,8 @@ def add_other_files(folder: Path) -> dict[Path, str]:
     path = events(folder, ONE).with_name("events.json")
     path.write_text("{}")
     path.with_name(".nfs0001").write_text("")
+    (folder / "lost+found").mkdir()
+    (folder / "lost+found" / "notes.txt").write_text("")
     other = path.with_name("more.parquet")
     shutil.copy(events(folder, ONE), other)
     return {

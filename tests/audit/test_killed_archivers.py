@@ -17,7 +17,7 @@ from tiger_db import Database, Settings, audit
 from tiger_db.connections import connect
 
 LINES = 400  # more than `maintain` runs
-KILLS = LINES if os.environ.get("TIGER_DB_SOAK") else 8
+KILLS = LINES if os.environ.get("TIGER_DB_SOAK") else 5
 
 
 @pytest.mark.slow

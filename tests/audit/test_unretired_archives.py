@@ -62,6 +62,20 @@ async def test_later_seals_do_not_accuse_an_archived_month(
         await assert_not_accused(database)
 
 
+async def test_months_whose_positions_are_mixed_are_not_accused(
+    archived: Database, other: Connection
+) -> None:
+    """One of two months is retired, and has an event among those of the other month."""
+    for ago in (14, 13):
+        await put(other, ago, 1, minute=1)
+    await audit.seal(archived)
+    settings = archived.settings.model_copy(update={"audit_retention_months": 13})
+    async with Database(settings) as database:
+        assert (await audit.maintain(database)).retired == [month(14)]
+        await audit.archive(database, month(13))
+        await assert_not_accused(database)
+
+
 async def test_a_write_that_was_interrupted_is_a_warning(
     archived: Database, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

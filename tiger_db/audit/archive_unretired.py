@@ -94,7 +94,11 @@ class UnretiredMonth:
             await self._verify_completeness(connection, payloads)
 
     def _sort_names(self, payloads: list[SealPayload]) -> None:
-        signed = [run for payload in payloads if payload.archive for run in payload.positions]
+        # The positions of other months can lie between those of this month.
+        signed = [
+            run for payload in payloads if payload.archive and payload.retired == self._month
+            for run in payload.positions
+        ]  # fmt: skip
         for name in self._names:
             extent = extent_in(name)
             if extent is None:
@@ -231,7 +235,8 @@ class UnretiredMonth:
         """Add a finding about a file, or a warning if a recorded restore explains the problem."""
         for lost in self._chain.lost:
             if extent[0] <= lost.upto and lost.after <= extent[1]:
-                self._warn(f"{problem}, because of the restore that seal {lost.seal} records", name)
+                reason = f"the restore that seal {lost.seal} records can be the reason"
+                self._warn(f"{problem}, and {reason}", name)
                 return
         self._report.find(name, problem)
 
