@@ -289,3 +289,15 @@ async def test_an_archive_from_before_the_last_seals_of_the_month_is_found(
     ]
     await audit.archive(database, month(ONE))
     assert (await audit.verify(database, archive=True)).sound
+
+
+async def test_a_seal_that_is_no_json_does_not_end_the_verification(
+    archived: Database, other: Connection
+) -> None:
+    """The attacker has the database, too."""
+    await other.execute(
+        "INSERT INTO audit_seals (number, statement, signature, digests) VALUES (2, 'x', '', '')"
+    )
+    found = await audit.verify(archived, archive=True)
+    assert [(one.kind, one.seal) for one in found.findings] == [(FindingKind.FORGED, 2)]
+    assert found.basis[-1] == "archive: not verified, because a seal cannot be read"

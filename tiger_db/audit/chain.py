@@ -91,7 +91,8 @@ class ChainVerifier:
         self._given = {public_text(key): key for key in keys}
         self._is_trusted = False  # True if the key in force follows from one of the given keys.
         self._untrusted_from: int | None = None  # Number of the first seal that is not trusted yet.
-        self._is_unreadable = False
+        self.has_unreadable_seal = False
+        self._is_unreadable = False  # Whether the last added seal is unreadable.
         self._has_finding = False
         self.matched: list[Seal] = []  # Checkpoints that are in the chain.
         self.lost: list[LostSeals] = []  # Seals that recorded restores have lost.
@@ -126,7 +127,7 @@ class ChainVerifier:
             self._break()
             self.number += 1
             self._forged(str(error))
-            self._is_unreadable = True
+            self._is_unreadable = self.has_unreadable_seal = True
             return None
         is_linked = self._verify_link(seal, payload)
         self.number, self.payload_digest = payload.number, seal.payload_digest
