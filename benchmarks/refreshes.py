@@ -1,20 +1,24 @@
 """Benchmarks of token refreshes, compared with the same statements and with job queues."""
 
 import asyncio
+import hashlib
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import asyncpg
 from uuid_utils.compat import uuid7
 
 from benchmarks.work import Work
 from tiger_db import Database, RefreshTrigger, RefreshWorker, TigerAccount, TokenStatus, crud
+from tiger_db.actor import ACTOR_FIELDS
 from tiger_db.connections import connect
 from tiger_db.crud.token_status.claims import CLAIM, DUE
 from tiger_db.crud.token_status.outcomes import COMPLETE
 from tiger_db.encryption import Secret
+from tiger_db.models.secrets import CONTEXT, bound_text, encrypt_secret
 from tiger_db.models.token_status import NewToken
 
 FEW, MANY = 10_000, 1_000_000
@@ -44,10 +48,11 @@ SELECT md5($3 || n)::uuid, md5('a' || n)::uuid, $2::token_refresh_status, 'sched
     now() - make_interval(secs => n), 0, 3, 0
 FROM generate_series(1, $1::int) n
 """
+BIND = "UPDATE tiger_accounts SET tiger_id = $2, private_key = $3, access_token = $4 WHERE id = $1"
 # Positions of columns in the rows that CLAIM returns.
 ID = 0
 FENCING_TOKEN = list(TokenStatus.model_fields).index("fencing_token")
-ACCESS_TOKEN = list(TigerAccount.model_fields).index("access_token")
+TIGER_ID, ACCESS_TOKEN = map(list(TigerAccount.model_fields).index, ("tiger_id", "access_token"))
 Job = Callable[[], Awaitable[None]]
 
 
@@ -57,7 +62,7 @@ def token() -> str:
 
 async def fill(database: Database, accounts: int, due: int) -> None:
     async with database.session() as session:
-        await crud.accounts.create(
+        account = await crud.accounts.create(
             session,
             TigerAccount(
                 account_name="bench",
@@ -72,12 +77,32 @@ async def fill(database: Database, accounts: int, due: int) -> None:
     try:
         await connection.execute("SET statement_timeout = 0")
         await connection.execute(FILL, accounts)
+        # A token is stored only beside secrets that belong to the account.
+        await connection.executemany(BIND, bound_secrets(database, account, due))
         await connection.execute(HISTORY, accounts, "success", "done")
         await connection.execute(HISTORY, due, "pending", "due")
         await connection.execute("VACUUM ANALYZE tiger_accounts")
         await connection.execute("VACUUM ANALYZE token_statuses")
     finally:
         await connection.close()
+
+
+def bound_secrets(
+    database: Database, account: TigerAccount, copies: int
+) -> Iterator[tuple[object, ...]]:
+    """Yield the parameters of BIND for the first copies of an account."""
+    provider = database.info[CONTEXT].key_provider
+    values = {name: getattr(account, name) for name in TigerAccount.secrets_bound_to}
+    for n in range(1, copies + 1):
+        row_id = UUID(hashlib.md5(f"a{n}".encode()).hexdigest())
+        bound = bound_text(TigerAccount, values | {"account_number": f"U9{n}"})
+        yield (
+            row_id,
+            *(
+                encrypt_secret(provider, "20150001", f"tiger_accounts.{name}:{row_id}", bound)
+                for name in ("tiger_id", "private_key", "access_token")
+            ),
+        )
 
 
 def ours(database: Database) -> Job:
@@ -103,7 +128,8 @@ def plain(pool: "asyncpg.Pool[asyncpg.Record]") -> Job:
         async with pool.acquire() as connection, connection.transaction():
             claim = (refresh[ID], account[ID], refresh[FENCING_TOKEN], account[ACCESS_TOKEN])
             new = (hashed, hashed, until, until - LIFE / 5, None, None, None, ciphertext, None)
-            assert await connection.fetchrow(COMPLETE, *claim, *new, uuid7())
+            event = (uuid7(), account[TIGER_ID], *(None for _ in ACTOR_FIELDS))
+            assert await connection.fetchrow(COMPLETE, *claim, *new, *event)
 
     return claim_and_complete
 
