@@ -5,13 +5,23 @@ The attacker hides or changes an event that is sealed, or makes the sealer seal 
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from json.encoder import encode_basestring
 from pathlib import Path
 
 import pytest
 
-from tests.support.trail import DROP_CHECKS, fetch_seals, log, log_seals, with_signing_key
-from tiger_db import Database, Settings, audit
+from tests.support import factories
+from tests.support.trail import (
+    DROP_CHECKS,
+    exported,
+    fetch_seals,
+    log,
+    log_seals,
+    with_signing_key,
+)
+from tiger_db import Database, Settings, audit, crud
 from tiger_db.audit import FindingKind
+from tiger_db.audit.event_content import _MEMBERS, CONTENT_COLUMNS
 from tiger_db.audit.storage import Connection
 from tiger_db.errors import InvalidState, SchemaMismatch
 
@@ -139,10 +149,6 @@ COLUMNS = {
         'ALTER TABLE audit_logs ALTER action TYPE text COLLATE "POSIX"',
         "UPDATE audit_logs SET action = upper(action) WHERE position = 4",
     ),
-    "json as text": (
-        "ALTER TABLE audit_logs ALTER details TYPE text",
-        """UPDATE audit_logs SET details = '{"a": 2}' WHERE position = 4""",
-    ),
 }
 
 
@@ -159,6 +165,55 @@ async def test_a_column_of_another_kind_hides_no_change(
     await owner.execute(change)
     after = [one for one in (await audit.verify(database)).findings if one.position]
     assert [(one.kind, one.position) for one in after] == [(FindingKind.CHANGED, VICTIM)]
+
+
+JOIN_MEMBERS = """
+ALTER TABLE audit_logs ALTER {first} TYPE text;
+UPDATE audit_logs SET {first} = {first} || ',"{second}":' || {second}::text, {second} = NULL
+"""
+OTHER_TYPES = [
+    JOIN_MEMBERS.format(first="details", second="old_values"),
+    JOIN_MEMBERS.format(first="old_values", second="new_values"),
+    JOIN_MEMBERS.format(first="duration_ms", second="tags"),
+    "ALTER TABLE audit_logs ALTER new_values TYPE json",
+    "CREATE DOMAIN map AS jsonb; ALTER TABLE audit_logs ALTER tags TYPE map",
+    "ALTER TABLE audit_logs DISABLE TRIGGER USER, ALTER created_at TYPE text",
+    """
+    ALTER TABLE audit_logs ALTER position DROP NOT NULL;
+    UPDATE audit_logs SET position = NULL WHERE position = 5
+    """,
+    """
+    ALTER TABLE audit_logs ALTER position DROP DEFAULT, ALTER position TYPE numeric;
+    UPDATE audit_logs SET position = 'NaN' WHERE position = 5
+    """,
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", OTHER_TYPES)
+async def test_a_column_whose_values_look_like_those_of_other_columns_is_refused(
+    database: Database, owner: Connection, change: str
+) -> None:
+    """Readers see other columns or further events, and the contents would still be the same."""
+    values = {"details": {"a": 1}, "old_values": {"b": 2}, "new_values": {"c": 3}, "tags": {}}
+    async with database.session() as session:
+        await crud.audit_logs.log_events(session, [factories.new_event(duration_ms=5, **values)])
+    await audit.seal(database)
+    await owner.execute(DROP_CHECKS)
+    await owner.execute(change)
+    for use in (audit.verify, audit.seal, audit.maintain, exported):
+        with pytest.raises(SchemaMismatch, match="of audit_logs was changed to another type"):
+            await use(database)
+
+
+def test_each_column_that_is_rendered_without_quotes_is_tried() -> None:
+    raw = [
+        name
+        for name, (_, render) in zip(CONTENT_COLUMNS, _MEMBERS, strict=True)
+        if render is not encode_basestring
+    ]
+    for name in ["position", *raw]:
+        assert any(f"ALTER {name} TYPE" in change for change in OTHER_TYPES), name
 
 
 # Sessions of the sealer

@@ -3,6 +3,7 @@
 The attacker has the archive, but neither the database nor the signing key.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.support.months import month, put
 from tiger_db import Database, audit
 from tiger_db.audit import FindingKind, storage
 from tiger_db.audit.storage import Connection
+from tiger_db.errors import FileError
 
 __all__ = ["database", "folder", "other"]  # fixtures
 pytestmark = pytest.mark.slow
@@ -58,6 +60,19 @@ def change_time(folder: Path) -> dict[Path, str]:
 
     rewrite(events(folder, TWO), change)
     return {events(folder, TWO): "the columns of the event at position 4 differ from `content`"}
+
+
+def set_time_of_no_year(folder: Path) -> dict[Path, str]:
+    """Python has no such time."""
+    import pyarrow as pa  # noqa: PLC0415  # an extra
+
+    def change(table: Any) -> Any:
+        at = table.schema.get_field_index("created_at")
+        field = table.schema.field(at)
+        return table.set_column(at, field, pa.array([2**62] * 3, pa.int64()).cast(field.type))
+
+    rewrite(events(folder, ONE), change)
+    return {events(folder, ONE): "the file is not a valid Parquet file"}
 
 
 def change_event(folder: Path) -> dict[Path, str]:
@@ -226,11 +241,12 @@ def add_other_files(folder: Path) -> dict[Path, str]:
 
 
 CHANGES: list[Callable[[Path], dict[Path, str]]] = [
-    change_typed_column, change_time, change_event, drop_row, drop_first_row, drop_last_rows,
-    repeat_row, reorder_rows, rename, copy_in_the_month, copy_part, copy_to_another_month,
-    copy_to_a_new_month, copy_to_no_month, swap, remove_events, add_column, remove_column,
-    remove_all_rows, cut, change_seals, remove_digests, repeat_seals, remove_all_seals,
-    add_foreign_seals, copy_seals, add_other_files,
+    change_typed_column, change_time, set_time_of_no_year, change_event, drop_row,
+    drop_first_row, drop_last_rows, repeat_row, reorder_rows, rename, copy_in_the_month,
+    copy_part, copy_to_another_month, copy_to_a_new_month, copy_to_no_month, swap,
+    remove_events, add_column, remove_column, remove_all_rows, cut, change_seals,
+    remove_digests, repeat_seals, remove_all_seals, add_foreign_seals, copy_seals,
+    add_other_files,
 ]  # fmt: skip
 
 
@@ -262,6 +278,12 @@ async def test_each_change_of_an_unretired_month_is_found_and_named(
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "intact", folder)
     assert (await audit.verify(archived, archive=True)).sound
+
+
+async def test_a_file_whose_name_is_no_text_is_named(archived: Database, folder: Path) -> None:
+    (events(folder, ONE).parent / os.fsdecode(b"x\xff.parquet")).touch()
+    with pytest.raises(FileError, match=r"the archive: .*: a file has the name .*x\\xff\.parquet"):
+        await audit.verify(archived, archive=True)
 
 
 async def test_an_archive_from_before_the_last_seals_of_the_month_is_found(

@@ -64,6 +64,8 @@ def archive_errors(name: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise FileError(f"the archive: {name} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise FileError(f"the archive: {name}: a file has the name {error.object!r}") from None
     except (OSError, pyarrow.ArrowException) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         problem = "the store does not answer" if _TIMED_OUT in lines[0] else lines[0]
@@ -89,8 +91,9 @@ class Archive:
         selector = fs.FileSelector(base, recursive=True, allow_not_found=month is not None)
         with archive_errors(self.location):
             found = self.filesystem.get_file_info(selector)
+            paths = [info.path for info in found if info.type == fs.FileType.File]
         start = len(self.root) + 1
-        return sorted(info.path[start:] for info in found if info.type == fs.FileType.File)
+        return sorted(path[start:] for path in paths)
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
@@ -379,5 +382,5 @@ def _parquet_errors() -> Iterator[None]:
     pyarrow = _import_pyarrow()
     try:
         yield
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, OverflowError, pyarrow.ArrowException) as error:
         raise InvalidValue("the file is not a valid Parquet file") from error

@@ -82,6 +82,17 @@ WITH expected AS (
 SELECT name FROM expected LEFT JOIN pg_class ON pg_class.oid = id
 WHERE relkind::text IS DISTINCT FROM kind ORDER BY name
 """
+# Columns of other types than those from which contents are rendered without quotes, and a column of
+# positions that can be NULL. The text of another type could have the members of other columns.
+_SELECT_CHANGED_COLUMNS = """
+SELECT attname::text FROM pg_attribute JOIN (VALUES
+    ('position', 'int8'), ('created_at', 'timestamptz'), ('duration_ms', 'int8'),
+    ('details', 'jsonb'), ('old_values', 'jsonb'), ('new_values', 'jsonb'), ('tags', 'jsonb')
+) AS expected (name, type) ON attname = name
+WHERE attrelid = to_regclass('audit_logs')::oid
+    AND (atttypid <> ('pg_catalog.' || type)::regtype OR name = 'position' AND NOT attnotnull)
+ORDER BY attnum
+"""
 
 
 @contextlib.asynccontextmanager
@@ -107,10 +118,18 @@ async def open_connection(database: Database) -> AsyncIterator[Connection]:
 
 
 async def check_tables(connection: Connection) -> None:
-    """Raise SchemaMismatch if another relation takes the place of a table of the audit trail."""
+    """Raise SchemaMismatch if another relation takes the place of a table of the audit trail.
+
+    Raise SchemaMismatch, too, if a column has a type whose values can be mistaken for other values.
+    """
     for (name,) in await connection.fetch(_SELECT_REPLACED_TABLES):
         raise SchemaMismatch(
             f"{name} is not a table of tiger_db, but another relation: run `tiger-db check`"
+        )
+    for (name,) in await connection.fetch(_SELECT_CHANGED_COLUMNS):
+        raise SchemaMismatch(
+            f"the column {name} of audit_logs was changed to another type, or to allow NULL:"
+            " run `tiger-db check`"
         )
 
 
