@@ -46,8 +46,8 @@ def verify(export: Path, key: str, checkpoint: Path | None) -> str:
         number = payload["number"] if "lost" in payload else last + 1  # a restore lost seals
         public = Ed25519PublicKey.from_public_bytes(base64.b64decode(key))
         public.verify(base64.b64decode(seal["signature"]), text.encode())  # or InvalidSignature
-        links = (payload["number"], payload["previous"], payload["after"], number > last)
-        check(links == (number, previous, upto, True), f"seal {number} does not continue the chain")
+        links = (payload["number"], payload["previous"], payload["after"], number > last, unsealed)
+        check(links == (number, previous, upto, True, 0), f"seal {number} breaks the chain")
         check(origin in (None, payload.get("origin")), f"seal {number} is of another trail")
         places = [at for first, last in payload["positions"] for at in range(first, last + 1)]
         if "retired" in payload:

@@ -183,6 +183,11 @@ OTHER_TYPES = [
     UPDATE audit_logs SET position = NULL WHERE position = 5
     """,
     """
+    ALTER TABLE audit_logs ALTER position DROP NOT NULL;
+    UPDATE audit_logs SET position = NULL WHERE position = 5;
+    ALTER TABLE audit_logs ADD CONSTRAINT positions NOT NULL position NOT VALID
+    """,
+    """
     ALTER TABLE audit_logs ALTER position DROP DEFAULT, ALTER position TYPE numeric;
     UPDATE audit_logs SET position = 'NaN' WHERE position = 5
     """,
@@ -200,6 +205,8 @@ async def test_a_column_whose_values_look_like_those_of_other_columns_is_refused
         await crud.audit_logs.log_events(session, [factories.new_event(duration_ms=5, **values)])
     await audit.seal(database)
     await owner.execute(DROP_CHECKS)
+    if "NOT VALID" in change and owner.get_server_version().major < 18:
+        pytest.skip("this server has no such constraints")
     await owner.execute(change)
     for use in (audit.verify, audit.seal, audit.maintain, exported):
         with pytest.raises(SchemaMismatch, match="of audit_logs was changed to another type"):

@@ -91,7 +91,7 @@ CHANGES = {
     change_an_event: "was changed or inserted",
     delete_an_event: "events are missing at the positions [2]",
     repeat_an_event: "was changed or inserted",
-    delete_a_seal: "seal 2 does not continue the chain",
+    delete_a_seal: "seal 2 breaks the chain",
     cut_the_end: "seals are missing",
     swap_digests: "seal 1: wrong Merkle root",
     forge_a_statement: "InvalidSignature",

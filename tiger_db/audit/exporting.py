@@ -30,7 +30,7 @@ from tiger_db.sqlstates import raw_errors, typed
 
 _TABLE = metadata.tables["audit_logs"]
 CSV_COLUMNS = ("position", *CONTENT_COLUMNS)
-_POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
+_POSITION = re.compile(r'\{"position":(0|-?[1-9][0-9]{0,18}),')
 _BATCH_EVENTS = 1000  # number of events in each batch of an export
 _BYTE_ORDER_MARK = "\ufeff"
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")

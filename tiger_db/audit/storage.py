@@ -90,7 +90,9 @@ SELECT attname::text FROM pg_attribute JOIN (VALUES
     ('details', 'jsonb'), ('old_values', 'jsonb'), ('new_values', 'jsonb'), ('tags', 'jsonb')
 ) AS expected (name, type) ON attname = name
 WHERE attrelid = to_regclass('audit_logs')::oid
-    AND (atttypid <> ('pg_catalog.' || type)::regtype OR name = 'position' AND NOT attnotnull)
+    AND (atttypid <> ('pg_catalog.' || type)::regtype OR name = 'position' AND (NOT attnotnull
+        OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = attrelid AND contype = 'n'
+            AND attnum = ANY (conkey) AND NOT convalidated)))
 ORDER BY attnum
 """
 

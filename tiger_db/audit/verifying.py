@@ -258,6 +258,8 @@ class TrailVerifier:
         self._expected: dict[int, bytes] = {}  # Digests of sealed events that are not added yet.
         self.position, self._last_content = 0, ""  # Position and content of the last added event.
         self._last_found = 0  # Highest position at which a sealed event was added.
+        # Lowest position at which an event was added before any seal that covers it, and its id.
+        self._first_unsealed: tuple[int, str | None] | None = None
         # Each run has the first position, the last position and the seal of missing events.
         self._missing: list[tuple[int, int, int]] = []
         self._missing_digests: OrderedDict[int, bytes] = OrderedDict()  # the newest digests
@@ -289,6 +291,7 @@ class TrailVerifier:
         payload = self.chain.add(seal)
         if payload is None:
             return
+        self._find_early_event()
         if payload.retired is None:
             # A forged seal can cover positions that earlier seals covered.
             self._expected = {at: it for at, it in seal.event_digests(payload) if at > covered}
@@ -298,6 +301,15 @@ class TrailVerifier:
         if payload.sealed_at[:19] < self._created_after:
             self._created_after = ""
         self._next_created_after = _lower_bound(payload.closed_at) or self._created_after
+
+    def _find_early_event(self) -> None:
+        """Report an event that precedes the seal that covers it. Only a forged export has one."""
+        position, event_id = self._first_unsealed or (self.chain.upto + 1, None)
+        if self.chain.missing_upto < position <= self.chain.upto:
+            message = f"the event at position {position} precedes the seal that covers the position"
+            event = _Mismatch(self.chain.number, event_id=event_id)
+            self._find_event(position, FindingKind.INSERTED, message, event)
+            self._first_unsealed = None
 
     def _retire(self, payload: SealPayload) -> None:
         """Accept that the events of a retired month are missing. Report those that are there."""
@@ -347,6 +359,8 @@ class TrailVerifier:
 
     def _add_unsealed(self, position: int, content: str, twin: str | None) -> None:
         self._report.unsealed += 1
+        if self._first_unsealed is None or position < self._first_unsealed[0]:
+            self._first_unsealed = position, event_id_in(content)
         # A sealed event was possibly moved to `position`.
         if self._mismatches or self._expected or self._missing or twin:
             event = _Mismatch(0, None, digest_of(content), event_id_in(content), twin)
