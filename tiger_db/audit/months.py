@@ -91,21 +91,24 @@ async def find_sealed_month(
 
     Raises:
         CannotRetireError: The month has an event that is not sealed, or was written too late, or
-            its events are in the default partition.
+            its events are in the default partition, or the partition has events of another month.
     """
-    partition = partition_of(month)
+    partition, ids = partition_of(month), [first_id(at) for at in bounds_of(month)]
     if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
-        ids = [first_id(at) for at in bounds_of(month)]
         if await connection.fetchval(_HAS_EVENTS, *ids):
             raise CannotRetireError(
                 "the month has no partition: run `tiger-db maintain-audit`, which makes it"
             )
         return None
-    first, last, written, count = await connection.fetchrow(
-        f"SELECT min(position), max(position), max(created_at), count(*) FROM {partition}"  # noqa: S608  # the name of a month
+    first, last, written, count, others = await connection.fetchrow(
+        "SELECT min(position), max(position), max(created_at), count(*),"  # noqa: S608  # the name of a month
+        f" count(*) FILTER (WHERE id < $1 OR id >= $2) FROM {partition}",
+        *ids,
     )
     if first is None:
         return None
+    if others:
+        raise CannotRetireError(f"the partition {partition} holds events of another month")
     if written_before is not None and written >= written_before:
         raise CannotRetireError(
             f"the month holds events that a machine whose clock was wrong wrote in {written:%Y-%m}:"

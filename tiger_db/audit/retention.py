@@ -40,7 +40,7 @@ _RETRY_PAUSE_SECONDS = 1.0
 # Other transactions queue behind a DDL statement that waits for a table lock. The lock timeout is
 # shorter than deadlock_timeout (1 s), so that PostgreSQL aborts no writer because of a deadlock.
 _LOCK_TIMEOUT = "800ms"
-_PARTITION_NAME = re.compile(r"audit_logs_(\d{4})_(\d{2})")
+_PARTITION_NAME = re.compile(r"audit_logs_((?!0000)\d{4})_(0[1-9]|1[0-2])", re.ASCII)
 _SELECT_PARTITIONS = """
 SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
 WHERE inhparent = 'audit_logs'::regclass::oid ORDER BY relname
