@@ -34,6 +34,7 @@ READ_ONLY_SQL_TRANSACTION = "25006"  # A former primary or a readonly session re
 IDLE_IN_TRANSACTION_TIMEOUT = "25P03"
 INSUFFICIENT_PRIVILEGE = "42501"
 PRIVILEGE_ADVICE = "connect as another role, or see `tiger-db grant` and docs/roles.md"
+ROW_SECURITY_ADVICE = "`tiger-db check` prints the SQL that disables row security"
 # Before version 18, PostgreSQL uses the same SQLSTATE for a reference to a missing row and for the
 # deletion of a referenced row.
 _BROKEN_REFERENCE = "the referenced row does not exist, or other rows refer to the deleted row"
@@ -138,7 +139,8 @@ def _classify_sqlstate(error: asyncpg.PostgresError, statement_timeout: str) -> 
             # A trigger that refuses a change has this SQLSTATE, too.
             if error.server_source_function == "exec_stmt_raise":
                 return StatementRefused(text)
-            return kind(f"{text}: {PRIVILEGE_ADVICE}")
+            is_hidden = error.server_source_function == "check_enable_rls"
+            return kind(f"{text}: {ROW_SECURITY_ADVICE if is_hidden else PRIVILEGE_ADVICE}")
         setting = _setting(error.sqlstate or "", text, statement_timeout)
         return kind(f"{text} ({setting})" if setting else text)
     if where:

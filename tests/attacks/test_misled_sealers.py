@@ -158,7 +158,7 @@ async def remove_the_head(owner: Connection) -> str:
 async def remove_all_seals(owner: Connection) -> str:
     await owner.execute("DELETE FROM audit_seals")
     await owner.execute("UPDATE audit_logs SET user_id = 'eve'")
-    return "the newest seals are missing, from seal 3 on"
+    return "the newest seals are missing, from seal 1 on"
 
 
 FORGERIES = [

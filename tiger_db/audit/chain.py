@@ -54,10 +54,7 @@ class LostSeals:
     digest: str  # Digest of the payload of the last lost seal.
 
     def __str__(self) -> str:
-        return (
-            f"{_describe_seals(self.first, self.seal - 1)} lost by a restore, which seal"
-            f" {self.seal} records: {_describe_extent(self.after, self.upto)}"
-        )
+        return describe_lost_seals(self.first, self.seal, self.after, self.upto)
 
 
 class ChainVerifier:
@@ -307,6 +304,13 @@ def describe_missing_seals(first: int, last: int) -> str:
     return f"{_describe_seals(first, last)} missing"
 
 
+def describe_lost_seals(first: int, restore: int, after: int, upto: int) -> str:
+    return (
+        f"{_describe_seals(first, restore - 1)} lost by a restore, which seal {restore} records:"
+        f" {_describe_extent(after, upto)}"
+    )
+
+
 def _describe_seals(first: int, last: int) -> str:
     return f"seal {first} is" if first == last else f"the seals from {first} to {last} are"
 
@@ -314,4 +318,6 @@ def _describe_seals(first: int, last: int) -> str:
 def _describe_extent(after: int, upto: int) -> str:
     if upto <= after:
         return "no events were sealed there"
+    if upto == after + 1:
+        return f"position {upto} was sealed there"
     return f"positions from {after + 1} to {upto} were sealed there"

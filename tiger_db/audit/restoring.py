@@ -5,6 +5,7 @@ from datetime import timedelta
 
 from tiger_db.actor import attribute
 from tiger_db.audit import storage
+from tiger_db.audit.chain import describe_lost_seals
 from tiger_db.audit.sealing import DEFAULT_PATIENCE, open_sealer
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, InvalidState
@@ -24,6 +25,9 @@ class RecordedRestore:
     after: int  # The lost seals covered the events at positions above `after`, up to `upto`.
     upto: int
     kept: int  # Number of events at these positions that the database has, to be sealed again.
+
+    def __str__(self) -> str:
+        return describe_lost_seals(self.first_lost, self.seal, self.after, self.upto)
 
 
 @public

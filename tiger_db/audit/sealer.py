@@ -35,6 +35,7 @@ from tiger_db.signing import public_text
 
 _MAX_CLOCK_DIFFERENCE = timedelta(minutes=1)
 _SELECT_LAST_SEALS = f"{storage.SELECT_SEALS} DESC LIMIT 2"
+_SELECT_NEWEST = "SELECT max(number) FROM audit_seals WHERE number > 0"
 _SELECT_NEWEST_OF = "SELECT max(number) FROM audit_seals WHERE number = ANY($1::bigint[])"
 # The digests of seals up to the seal $2 are not needed, because these seals are verified already.
 _SELECT_SEALS_FROM = """
@@ -131,7 +132,8 @@ class Sealer:
             self.chain.add(seal)
             self._last = seal
         if expects_last:
-            reason = _refusal(f"the newest seals are missing, from seal {first} on")
+            newest = await self.connection.fetchval(_SELECT_NEWEST) or 0
+            reason = _refusal(f"the newest seals are missing, from seal {newest + 1} on")
             raise InvalidState(
                 f"{reason}; if the database was restored from a backup, see docs/backup.md"
             )

@@ -87,10 +87,7 @@ def seal_audit(
             output.print_message(
                 "the database has the seal of the newest checkpoint, or its loss is recorded"
                 if restore is None
-                else f"seal {restore.seal} records that a restore has lost the seals from"
-                f" {restore.first_lost} to {restore.seal - 1}, which covered the positions from"
-                f" {restore.after + 1} to {restore.upto};"
-                f" {output.count_of(restore.kept, 'event')} at these positions can be sealed again"
+                else f"{restore}; {output.count_of(restore.kept, 'event')} can be sealed again"
             )
         return await tiger_db.audit.seal(database, patience=wait)
 
@@ -121,7 +118,7 @@ def verify_audit(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Verify a file that `export-events` wrote, without a database.",
+            help="Verify a file that `export-events` wrote without filters. No database is used.",
         ),
     ] = None,
     checkpoint: Annotated[
