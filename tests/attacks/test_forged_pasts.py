@@ -13,6 +13,7 @@ from uuid import UUID
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.support.months import put
 from tests.support.trail import (
     fetch_seals,
     insert_seal,
@@ -87,3 +88,20 @@ async def test_a_seal_that_is_swapped_in_for_a_moment_retires_nothing(
     found = await audit.verify(database)
     assert found.retired == 0
     assert [(one.kind, one.position) for one in found.findings] == [(FindingKind.CHANGED, VICTIM)]
+
+
+@pytest.mark.slow
+async def test_a_retirement_that_is_swapped_in_for_a_moment_excuses_nothing(
+    database: Database, owner: Connection
+) -> None:
+    """The month lacks an event that was deleted. The forged retirement lists its position."""
+    await put(owner, 14)  # events at the positions 13 to 15
+    await owner.execute("SELECT make_audit_months(0)")
+    await log_seals(database, 1, 1)
+    ((_, true),) = await fetch_seals(owner, 0, 1)
+    await owner.execute("DELETE FROM audit_logs WHERE position = 14")
+    await owner.execute("DELETE FROM audit_seals WHERE number = 1")
+    forged = replace(true.payload(), upto=0, positions=((14, 14),), retired="2001-01")
+    await insert_seal(owner, Ed25519PrivateKey.generate(), forged, b"")
+    with pytest.raises(InvalidState, match="seal 1 or seal 2 was replaced"):
+        await audit.maintain(database)

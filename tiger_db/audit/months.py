@@ -42,6 +42,12 @@ SELECT min(position), max(position)
 FROM (SELECT position, position - row_number() OVER (ORDER BY position) AS run FROM {}) AS runs
 GROUP BY run ORDER BY 1
 """
+# The last column is the number of events of other months.
+_SELECT_MONTH = """
+SELECT min(position), max(position), max(created_at), count(*),
+    count(*) FILTER (WHERE id < $1 OR id >= $2)
+FROM {}
+"""
 _HAS_EVENTS = "SELECT EXISTS (SELECT FROM audit_logs WHERE id >= $1 AND id < $2)"
 _PREFETCHED_SEALS = 20
 
@@ -101,9 +107,7 @@ async def find_sealed_month(
             )
         return None
     first, last, written, count, others = await connection.fetchrow(
-        "SELECT min(position), max(position), max(created_at), count(*),"  # noqa: S608  # the name of a month
-        f" count(*) FILTER (WHERE id < $1 OR id >= $2) FROM {partition}",
-        *ids,
+        _SELECT_MONTH.format(partition), *ids
     )
     if first is None:
         return None
@@ -137,16 +141,15 @@ async def sealed_events(
 ) -> AsyncGenerator[tuple[Event, bytes], None]:
     """Yield the events of a month in order of position, with their digests, in a transaction.
 
-    The digests of the payloads of the seals are added to `past`, by the numbers of the seals. The
-    memory use does not depend on the number of events.
+    The digests of the payloads of the seals are added to `past`, by the numbers of the seals, and
+    those of the retirements that excuse missing events. The memory use does not depend on the
+    number of events.
 
     Raises:
         CannotRetireError: The month has an event that was changed, or that no seal covers, or an
             event of the seals of the month is missing.
     """
-    retired = [
-        run for seal in await fetch_retirements(connection) for run in seal.payload().positions
-    ]
+    retirements = await fetch_retirements(connection)
     found = 0
     seals = connection.cursor(
         _SELECT_COVERING_SEALS, month.first, month.last, prefetch=_PREFETCHED_SEALS
@@ -175,8 +178,15 @@ async def sealed_events(
                     yield (position, content), digest
         present = await connection.fetch(_SELECT_POSITIONS, payload.after + 1, payload.upto)
         missing = expected.keys() - {position for (position,) in present}
-        for start, end in retired if missing else ():
-            missing -= {*range(max(start, payload.after + 1), min(end, payload.upto) + 1)}
+        for retirement in retirements if missing else ():
+            gone = {
+                position
+                for start, end in retirement.payload().positions
+                for position in range(max(start, payload.after + 1), min(end, payload.upto) + 1)
+            }
+            if missing & gone:
+                missing -= gone
+                past[retirement.payload().number] = retirement.payload_digest
         if missing:
             raise CannotRetireError(
                 f"the event at position {min(missing)} is missing: run `tiger-db verify-audit`"
