@@ -33,6 +33,8 @@ def main() -> None:
         before = committed[result.name]
         change = result.ratio / before - 1
         print(f"worse by {change:.0%}: {result.name}: {before:.2f} before, {result.ratio:.2f} now")
+    if not worse:
+        print(f"none of {len(results)} ratios is worse by a quarter than in RESULTS.md")
     sys.exit(bool(worse))
 
 
