@@ -32,6 +32,43 @@ async def test_a_copy_that_engines_read(
     assert (await audit.verify(database, archive=True)).sound
 
 
+async def test_a_folder_in_a_month_and_a_link_to_the_archive_are_named_once(
+    database: Database, before: list[str], folder: Path
+) -> None:
+    """Engines read the files of deeper folders, too, and follow links."""
+    loop, copies = events(folder, 14).parent / "loop", events(folder, 13).parent / "copies"
+    loop.symlink_to(folder)
+    (folder / "again").symlink_to(loop.parent)
+    (folder / ".hidden").symlink_to(folder)
+    shutil.copytree(loop.parent, copies, symlinks=True)
+    shutil.copytree(copies, folder / "deep" / "deeper", symlinks=True)
+    found = await audit.verify(database, archive=True)
+    message = "the {} does not belong to the archive".format
+    deeper = folder / "deep" / "deeper"
+    folders = [folder / "again", copies, loop, deeper / "loop"]
+    assert sorted(one.message for one in found.findings) == sorted(
+        [
+            *(f"{path.relative_to(folder)}: {message('folder')}" for path in folders),
+            *(
+                f"{path.relative_to(folder)}: {message('file')}"
+                for path in deeper.glob("*.parquet")
+            ),
+        ]
+    )
+    assert len(found.findings) == 6
+
+
+async def test_the_folder_of_a_month_can_be_a_link(
+    database: Database, before: list[str], folder: Path, tmp_path: Path
+) -> None:
+    """The oldest months are on another disk."""
+    path = events(folder, 14).parent
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    found = await audit.verify(database, archive=True)
+    assert (found.findings, found.archived) == ([], 6)
+
+
 async def test_a_file_with_other_types_does_not_end_the_verification(
     database: Database, before: list[str], folder: Path
 ) -> None:

@@ -5,6 +5,7 @@ pyarrow is an optional dependency, which is imported only when an archive is ope
 
 import contextlib
 import hashlib
+import os
 import re
 import secrets
 import tempfile
@@ -85,15 +86,30 @@ class Archive:
     folder: Path | None  # None for an object store
 
     def names(self, month: str | None = None) -> list[str]:
-        """Return the names of all files of the archive or of a month, in ascending order."""
-        fs = _import_pyarrow().fs
-        base = self.root if month is None else self._path(f"month={month}")
-        selector = fs.FileSelector(base, recursive=True, allow_not_found=month is not None)
+        """Return the names of all files of the archive or of a month, in ascending order.
+
+        The files in `unread_folders` are left out.
+        """
+        base = "" if month is None else f"month={month}"
         with archive_errors(self.location):
+            if self.folder is not None:
+                is_missing = month is not None and not (self.folder / base).exists()
+                return [] if is_missing else _list_folder(self.folder, base)[0]
+            fs = _import_pyarrow().fs
+            path = self._path(base) if base else self.root
+            selector = fs.FileSelector(path, recursive=True, allow_not_found=month is not None)
             found = self.filesystem.get_file_info(selector)
-            paths = [info.path for info in found if info.type == fs.FileType.File]
         start = len(self.root) + 1
-        return sorted(path[start:] for path in paths)
+        return sorted(info.path[start:] for info in found if info.type == fs.FileType.File)
+
+    def unread_folders(self) -> list[str]:
+        """Return the names of the folders whose files `names` leaves out.
+
+        These are the folders in the folders of months, and links to folders: a link can lead to the
+        archive itself. An object store has none.
+        """
+        with archive_errors(self.location):
+            return _list_folder(self.folder, "")[1] if self.folder is not None else []
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
@@ -142,6 +158,30 @@ class Archive:
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"
+
+
+def _list_folder(root: Path, base: str) -> tuple[list[str], list[str]]:
+    """Return the names of the files in a folder of an archive, and of the unread folders.
+
+    The folder of a month can be a link to another disk.
+    """
+    names, unread, waiting = list[str](), list[str](), [base]
+    while waiting:
+        parent = waiting.pop()
+        with os.scandir(root / parent) as entries:
+            for entry in entries:
+                name = os.fsencode(entry.name).decode()
+                path = f"{parent}/{name}" if parent else name
+                is_month = not parent and name.startswith("month=")
+                if entry.is_file():
+                    names.append(path)
+                elif not entry.is_dir():
+                    continue
+                elif parent.startswith("month=") or (entry.is_symlink() and not is_month):
+                    unread.append(path)
+                else:
+                    waiting.append(path)
+    return sorted(names), sorted(unread)
 
 
 def open_archive(location: str) -> Archive:

@@ -94,6 +94,9 @@ class _ArchiveVerifier:
                 self.unsigned.setdefault(parsed[0], []).append(name)
             elif _is_in_month(name) or self._archive.is_parquet(name):
                 self._report.find(name, "the file does not belong to the archive")
+        for name in self._archive.unread_folders():
+            if not name.rpartition("/")[2].startswith("."):
+                self._report.find(name, "the folder does not belong to the archive")
 
     def verify_month(self, payload: SealPayload) -> str | None:
         """Return the Merkle root of a retired month, or None if there is a finding."""
