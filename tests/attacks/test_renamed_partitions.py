@@ -8,7 +8,7 @@ from tests.support.archives import database, files_in, folder, other, put_old_mo
 from tests.support.months import month, partition
 from tiger_db import Database, audit
 from tiger_db.audit.storage import Connection
-from tiger_db.errors import InvalidState
+from tiger_db.errors import InvalidState, SchemaMismatch
 
 __all__ = ["database", "folder", "other"]  # fixtures
 pytestmark = pytest.mark.slow
@@ -40,3 +40,12 @@ async def test_a_partition_with_the_name_of_no_month_stays(
         assert (await audit.maintain(database)).retired in ([month(13)], [])
         await other.execute(f"ALTER TABLE {name} RENAME TO {partition(14)}")
     assert (await audit.maintain(database)).retired == [month(14)]
+
+
+async def test_a_recent_partition_with_an_old_name_is_named(
+    database: Database, other: Connection
+) -> None:
+    await other.execute(f"ALTER TABLE {partition(0)} RENAME TO audit_logs_2001_01")
+    problem = f'"{partition(0)}" would overlap partition "audit_logs_2001_01": rename it$'
+    with pytest.raises(SchemaMismatch, match=problem):
+        await audit.maintain(database)

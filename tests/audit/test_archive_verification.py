@@ -227,3 +227,18 @@ async def test_an_export_never_has_events_of_a_changed_file(
         FileError, match=r"the archive: month=.*/events-0.*\.parquet does not exist"
     ):
         await exported(database, archive=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statement", ["x", '{"retired": "2020-01"}'], ids=["no JSON", "no seal"])
+async def test_an_export_with_an_unreadable_seal_says_what_to_run(
+    database: Database, before: list[str], other: Connection, statement: str
+) -> None:
+    await other.execute(
+        "INSERT INTO audit_seals (number, statement, signature, digests) VALUES (99, $1, '', '')",
+        statement,
+    )
+    message = r"a seal cannot be read, .* verify-audit --archive"
+    for filters in ({}, {"action": "data"}):
+        with pytest.raises(InvalidState, match=message):
+            await exported(database, archive=True, **filters)

@@ -27,7 +27,7 @@ from tiger_db.audit.sealer import Sealer, check_clocks, required_key
 from tiger_db.audit.storage import Connection
 from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
-from tiger_db.errors import DatabaseUnavailable
+from tiger_db.errors import DatabaseUnavailable, SchemaMismatch
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.migrations.grants import apply_grants
 from tiger_db.models import AuditAction, AuditLog
@@ -79,6 +79,7 @@ async def maintain(database: Database, *, progress: Progress = no_progress) -> M
         FileError: A file of the archive cannot be written or read back. The month stays.
         InvalidState: `AUDIT_RETENTION_MONTHS` is set, and the clocks of the database and of this
             machine differ by more than a minute, or the chain of seals is broken.
+        SchemaMismatch: A partition does not have the name of its month.
         DatabaseUnavailable: Another transaction locked `audit_logs` for too long. After the end of
             the other transaction, a new call of `maintain` can succeed.
     """
@@ -146,7 +147,12 @@ async def _with_lock_retries(connection: Connection, work: Callable[[], Awaitabl
 async def _make_months(connection: Connection) -> int:
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(storage.TAKE_SEALING_LOCK)
-        made: int = await connection.fetchval("SELECT make_audit_months($1)", MONTHS_AHEAD)
+        try:
+            made: int = await connection.fetchval("SELECT make_audit_months($1)", MONTHS_AHEAD)
+        except asyncpg.InvalidObjectDefinitionError as error:
+            raise SchemaMismatch(
+                f"a partition of audit_logs does not have the name of its month: {error}: rename it"
+            ) from None
         return made
 
 
