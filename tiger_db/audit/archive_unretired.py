@@ -80,8 +80,14 @@ class UnretiredMonth:
         # Positions of the events in the files. A file with a finding has those in its name.
         self._covered: list[Range] = []
 
-    async def verify(self, connection: Connection, payloads: list[SealPayload]) -> None:
-        """Add findings and warnings to the report. `payloads` are those of all retirements."""
+    async def verify(
+        self, verified: Connection, newer: Connection, payloads: list[SealPayload]
+    ) -> None:
+        """Add findings and warnings to the report.
+
+        The seals of both snapshots are verified, and the events of the older snapshot `verified`.
+        `payloads` are those of all retirements.
+        """
         try:
             self._start, self._end = bounds_of(self._month)
         except ValueError:
@@ -89,9 +95,14 @@ class UnretiredMonth:
                 self._report.find(name, "the folder is not that of a month")
             return
         self._sort_names(payloads)
-        await self._verify_events(connection)
+        await self._verify_events(newer)
         if (self._events or self._seals) and not await asyncio.to_thread(self._is_incomplete):
-            await self._verify_completeness(connection, payloads)
+            # No event leaves between the snapshots, unless somebody deletes it.
+            runs = [
+                run for snapshot in (verified, newer)
+                for run in await fetch_ranges(snapshot, self._month)
+            ]  # fmt: skip
+            await self._verify_completeness(newer, _union(runs), payloads)
 
     def _sort_names(self, payloads: list[SealPayload]) -> None:
         # The positions of other months can lie between those of this month.
@@ -171,11 +182,10 @@ class UnretiredMonth:
         return True
 
     async def _verify_completeness(
-        self, connection: Connection, payloads: list[SealPayload]
+        self, connection: Connection, runs: list[Range], payloads: list[SealPayload]
     ) -> None:
         last = max(last for _, last in (*self._events.values(), *self._seals.values()))
         sealed = await connection.fetchval(_SELECT_SEALED_THEN, last, f"{self._end:%Y-%m}") or 0
-        runs = await fetch_ranges(connection, self._month)
         for payload in payloads:  # months that were retired without an archive
             if payload.retired == self._month and payload.archive is None:
                 runs += payload.positions if payload.positions[0][0] <= last else ()

@@ -13,13 +13,20 @@ from tiger_db.audit.archive_files import (
     read_events,
 )
 from tiger_db.audit.archive_unretired import ArchiveReport, UnretiredMonth
-from tiger_db.audit.chain import ChainVerifier
+from tiger_db.audit.chain import (
+    AuditFinding,
+    ChainVerifier,
+    FindingKind,
+    describe_missing_seals,
+)
 from tiger_db.audit.months import sealed_root
-from tiger_db.audit.seal_format import MerkleTree, SealPayload, digest_of
+from tiger_db.audit.seal_format import MerkleTree, Seal, SealPayload, digest_of
 from tiger_db.audit.storage import Connection
 from tiger_db.database import Database
 from tiger_db.errors import FileError, InvalidValue
 from tiger_db.public import Progress
+
+_PREFETCHED_SEALS = 50
 
 
 async def verify_archive(
@@ -51,10 +58,38 @@ async def verify_archive(
         # Events can have been sealed and archived since the first snapshot. No month was retired,
         # because the first snapshot holds a lock on `audit_logs`.
         async with storage.open_snapshot(database) as newer:
+            if not await _verify_newer_seals(newer, chain, report):
+                return report
             for month, names in verifier.unsigned.items():
                 unretired = UnretiredMonth(archive, chain, report, month=month, names=names)
-                await unretired.verify(newer, payloads)
+                await unretired.verify(connection, newer, payloads)
     return report
+
+
+async def _verify_newer_seals(
+    connection: Connection, chain: ChainVerifier, report: ArchiveReport
+) -> bool:
+    """Return whether the files can be compared with the seals of a newer snapshot.
+
+    If the chain was sound, the seals must continue it. Otherwise, they must be readable.
+    """
+    problems = list[str]()
+    again = chain.restart(lambda _, finding: problems.append(finding.message))
+    async for row in connection.cursor(storage.SELECT_SEALS, prefetch=_PREFETCHED_SEALS):
+        seal = Seal(*row)
+        again.add(seal)
+        # The payload has the digest of the payload before, and so proves all payloads before.
+        if again.number == chain.number and again.payload_digest != chain.payload_digest:
+            problems.append(f"seal {chain.number} was replaced")
+    again.check_trust()
+    if again.number < chain.number:
+        problems.append(describe_missing_seals(again.number + 1, chain.number))
+    if problems and chain.is_sound:
+        message = f"the seals were changed while the archive was verified: {problems[0]}"
+        report.findings.append((2**63, AuditFinding(FindingKind.FORGED, message)))
+        return False
+    # The findings about a chain that was broken before are not repeated.
+    return not again.has_unreadable_seal
 
 
 def describe_archive(archive: Archive, report: ArchiveReport) -> str:

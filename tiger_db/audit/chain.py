@@ -91,6 +91,7 @@ class ChainVerifier:
         self.has_unreadable_seal = False
         self._is_unreadable = False  # Whether the last added seal is unreadable.
         self._has_finding = False
+        self.is_sound = True  # Whether no finding was reported.
         self.matched: list[Seal] = []  # Checkpoints that are in the chain.
         self.lost: list[LostSeals] = []  # Seals that recorded restores have lost.
         self._checkpoints: list[Seal] = []  # Checkpoints that were not compared yet.
@@ -100,6 +101,12 @@ class ChainVerifier:
                 continue
             message = "none of the given public keys has signed the checkpoint"
             self._report(FindingKind.CHECKPOINT, message)
+
+    def restart(self, find: Callable[[int, AuditFinding], None]) -> "ChainVerifier":
+        """Return a verification of the same chain from its first seal, with the same keys."""
+        again = ChainVerifier([*self._given.values()], find)
+        again.origin = self.origin
+        return again
 
     def start(self, seal: Seal) -> None:
         """Continue the chain after a seal that the caller trusts."""
@@ -285,7 +292,7 @@ class ChainVerifier:
         self._report(FindingKind.FORGED, f"seal {self.number}: {reason}", self.number)
 
     def _report(self, kind: FindingKind, message: str, seal: int | None = None) -> None:
-        self._has_finding = True
+        self._has_finding, self.is_sound = True, False
         self._find(self.upto, AuditFinding(kind, message, seal))
 
 
