@@ -105,3 +105,13 @@ async def test_a_retirement_that_is_swapped_in_for_a_moment_excuses_nothing(
     await insert_seal(owner, Ed25519PrivateKey.generate(), forged, b"")
     with pytest.raises(InvalidState, match="seal 1 or seal 2 was replaced"):
         await audit.maintain(database)
+
+
+@pytest.mark.slow
+async def test_an_old_seal_that_cannot_be_read_keeps_the_month(
+    database: Database, owner: Connection
+) -> None:
+    await make_old(owner)
+    await owner.execute("UPDATE audit_seals SET statement = 'x' WHERE number = 1")
+    with pytest.raises(InvalidState, match="a seal cannot be read: run `tiger-db verify-audit`"):
+        await audit.maintain(database)

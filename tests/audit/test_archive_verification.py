@@ -238,7 +238,7 @@ async def test_an_export_with_an_unreadable_seal_says_what_to_run(
         "INSERT INTO audit_seals (number, statement, signature, digests) VALUES (99, $1, '', '')",
         statement,
     )
-    message = r"a seal cannot be read, .* verify-audit --archive"
+    message = r"a seal cannot be read: .* verify-audit --archive"
     for filters in ({}, {"action": "data"}):
         with pytest.raises(InvalidState, match=message):
             await exported(database, archive=True, **filters)

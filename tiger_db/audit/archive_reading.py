@@ -5,15 +5,13 @@ import heapq
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from itertools import islice
 
-import asyncpg
-
 from tiger_db.audit import storage
 from tiger_db.audit.archive_files import Archive, is_of_seals, read_events
 from tiger_db.audit.event_content import Event
 from tiger_db.audit.months import fetch_retirements
 from tiger_db.audit.seal_format import Seal, SealPayload
 from tiger_db.audit.storage import Connection
-from tiger_db.errors import InvalidState, InvalidValue
+from tiger_db.errors import InvalidState
 
 _BATCH_EVENTS = 1000
 
@@ -28,13 +26,7 @@ async def read_archived_events(
         InvalidState: A file differs from the file that the retirement signed, or a seal cannot be
             read.
     """
-    try:
-        payloads = [seal.payload() for seal in await fetch_retirements(connection)]
-    except (asyncpg.DataError, InvalidValue):
-        raise InvalidState(
-            "a seal cannot be read, so that the files of the archive are unknown:"
-            " run `tiger-db verify-audit --archive`"
-        ) from None
+    payloads = [seal.payload() for seal in await fetch_retirements(connection)]
     events = _merge(archive, payloads)
     while batch := await asyncio.to_thread(lambda: [*islice(events, _BATCH_EVENTS)]):
         yield batch

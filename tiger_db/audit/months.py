@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from datetime import MAXYEAR, UTC, datetime, timedelta
 from uuid import UUID
 
+import asyncpg
+
 from tiger_db.audit import storage
 from tiger_db.audit.event_content import Event
 from tiger_db.audit.seal_format import MerkleTree, PositionRanges, Seal, digest_of
 from tiger_db.audit.storage import Connection
+from tiger_db.errors import InvalidState, InvalidValue
 
 NOT_SEALED = "the month holds events that are not sealed: run `tiger-db seal-audit`"
 # The seals that cover positions between $1 and $2, and the neighbors of these seals.
@@ -133,7 +136,21 @@ async def fetch_ranges(connection: Connection, month: str) -> list[tuple[int, in
 
 
 async def fetch_retirements(connection: Connection) -> list[Seal]:
-    return [Seal(*row) for row in await connection.fetch(_SELECT_RETIREMENTS)]
+    """Return the seals that record retired months.
+
+    Raises:
+        InvalidState: A seal cannot be read, so that the retired months are unknown.
+    """
+    try:
+        seals = [Seal(*row) for row in await connection.fetch(_SELECT_RETIREMENTS)]
+        for seal in seals:
+            seal.payload()
+    except (asyncpg.DataError, InvalidValue):
+        raise InvalidState(
+            "a seal cannot be read: run `tiger-db verify-audit`, or with an archive"
+            " `tiger-db verify-audit --archive`"
+        ) from None
+    return seals
 
 
 async def sealed_events(
