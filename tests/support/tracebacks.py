@@ -14,7 +14,7 @@ import tiger_db
 PACKAGE = str(Path(tiger_db.__file__).parent)
 TESTING = str(Path(tiger_db.__file__).parent / "testing")
 # These functions remove the local variables, also their own ones.
-BOUNDARIES = {"wrapper", "checked", "forget_locals", "_clear"}
+BOUNDARIES = {"wrapper", "checked", "forget_locals", "_clear", "__setattr__"}
 _TRACED_LINES = 200  # of each call: the comparison of the schema runs for many thousands
 Work = Callable[[], Awaitable[object]]
 

@@ -115,13 +115,13 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
             self._relate(name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  # SQLModel's signature
-        if name == "_sa_instance_state":  # for each loaded row
-            self.__dict__[name] = value
-            return
         try:
-            self._assign(name, value)
+            if name == "_sa_instance_state":  # for each loaded row
+                self.__dict__[name] = value
+            else:
+                self._assign(name, value)
         finally:
-            del value  # as forgets_locals() does, which would slow down loading
+            del value  # as forgets_locals() does, whose wrapper would slow down loading
 
     @forgets_locals
     def _assign(self, name: str, value: object) -> None:
