@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -82,12 +81,9 @@ async def callers(settings: Settings, broker: FakeBroker) -> AsyncIterator[Calle
     ):
         made = Callers(database)
         workers = [
-            RefreshWorker(
-                database, broker, name=f"worker-{number}", lease=timedelta(seconds=10),
-                per_minute=10**6,
-            )
+            RefreshWorker(database, broker, name=f"worker-{number}", per_minute=10**6)
             for number in range(2)
-        ]  # fmt: skip
+        ]
         tasks = [
             asyncio.create_task(coroutine)
             for coroutine in (

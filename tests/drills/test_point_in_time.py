@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -144,9 +144,12 @@ async def test_a_restore_to_a_point_in_time(
         account = await factories.account(session, private_key="the broker's key")
         _, raw_key = await factories.api_key(session)
     await asyncio.to_thread(archived.pgbackrest, "--type=full", "backup")
+    # pgBackRest restores a backup only if it ended in an earlier second than the target.
+    earliest = datetime.now(UTC) + timedelta(seconds=1)
 
     async with load(settings) as running:
         await until(lambda: running.has_written(accounts) and running.sealed >= 2, 300)
+        await until(lambda: datetime.now(UTC) > earliest)
         point = datetime.now(UTC)
         await until(partial(running.has_written, 2 * len(running.acknowledged)), 300)
         await until(partial(running.has_sealed, running.sealed + 2))
