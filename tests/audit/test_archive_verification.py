@@ -178,6 +178,7 @@ async def test_a_retired_event_that_reappears_is_found_beside_the_archive(
 async def test_an_export_with_the_archive_is_the_whole_trail(
     database: Database, before: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Otherwise, so few events would be one batch.
     monkeypatch.setattr(archive_reading, "_BATCH_EVENTS", 4)
     lines = await exported(database, archive=True)
     assert lines[: len(before)] == before

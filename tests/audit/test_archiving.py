@@ -74,6 +74,7 @@ async def test_the_files_have_each_event_byte_for_byte_and_in_typed_columns(
 ) -> None:
     from pyarrow import parquet  # noqa: PLC0415  # an extra
 
+    # Otherwise, only a million events would fill several files and row groups.
     monkeypatch.setattr(archiving, "ROWS_PER_GROUP", 4)
     monkeypatch.setattr(archiving, "ROWS_PER_FILE", 8)
     # With trailing zeros, the texts of this time in Python and in PostgreSQL would differ.
@@ -329,6 +330,7 @@ async def test_an_event_written_after_the_archive_keeps_its_month(
         late.append(writer)
         return finish(writer)
 
+    # The event is committed exactly between the archive and the retirement of its month.
     monkeypatch.setattr(archiving._MonthWriter, "finish", finish_late)
     retire = sys.modules["tiger_db.audit.retention"]._retire
 

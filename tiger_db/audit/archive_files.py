@@ -102,6 +102,14 @@ class Archive:
         start = len(self.root) + 1
         return sorted(info.path[start:] for info in found if info.type == fs.FileType.File)
 
+    def check_missing(self, name: str, error: FileError) -> None:
+        """Raise an error of `read` again, unless the archive can be listed and lacks the file.
+
+        A store that fails is not a file that somebody has removed.
+        """
+        if name in self.names():
+            raise error
+
     def unread_folders(self) -> list[str]:
         """Return the names of the folders whose files `names` leaves out.
 

@@ -143,9 +143,8 @@ class UnretiredMonth:
             problem = self._read_rows(name, tree)
         except InvalidValue as error:
             problem = str(error)
-        except FileError:
-            if self._is_present(name):
-                raise  # the archive cannot be read, which accuses nobody
+        except FileError as error:  # `archive` can have renamed the file since it was listed
+            self._archive.check_missing(name, error)
             return None
         else:
             if problem is None and (tree.positions[0][0], tree.positions[-1][1]) != extent_in(name):
@@ -231,15 +230,10 @@ class UnretiredMonth:
         except InvalidValue as error:
             self._report.find(name, str(error))
             return None
-        except FileError:
-            if self._is_present(name):
-                raise  # the archive cannot be read, which accuses nobody
+        except FileError as error:  # `archive` can have renamed the file since it was listed
+            self._archive.check_missing(name, error)
             return None
         return digest.digest()
-
-    def _is_present(self, name: str) -> bool:
-        """Return False if `archive` has renamed a file since the files were listed."""
-        return name in self._archive.names(self._month)
 
     def _find_difference(self, name: str, extent: Range, problem: str) -> None:
         """Add a finding about a file, or a warning if a recorded restore explains the problem."""

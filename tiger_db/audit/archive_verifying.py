@@ -143,9 +143,8 @@ class _ArchiveVerifier:
                     problem = self._verify_file(name, rows, digest, tree)
                 except InvalidValue as error:
                     problem = str(error)
-                except FileError:
-                    if name in self._archive.names():
-                        raise  # the archive cannot be read, which accuses nobody
+                except FileError as error:
+                    self._archive.check_missing(name, error)
             if problem is not None:
                 self._report.find(name, problem, payload)
                 valid = False
