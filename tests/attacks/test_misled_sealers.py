@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import SecretStr
 
 from tests.support.trail import fetch_seals, insert_seal, log, log_seals, with_signing_key
-from tests.support.waiting import until
+from tests.support.waiting import WAITING_LOCKS, until
 from tiger_db import AuditAction, Database, Settings, audit, crud
 from tiger_db.audit import FindingKind, Seal
 from tiger_db.audit.checkpoints import newest_checkpoint
@@ -419,7 +419,7 @@ async def test_locks_are_waited_for_no_longer_than_patience(
     assert 0.2 < time.monotonic() - started < 3
     assert f"process {owner.get_server_pid()} (the attacker, " in str(gave_up.value)
     await transaction.rollback()
-    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    waiting = f"SELECT count(*) FROM {WAITING_LOCKS}"
     assert await owner.fetchval(waiting) == 0
     assert (await audit.seal(database)).rows == 1
 
@@ -439,7 +439,7 @@ async def test_a_killed_sealer_leaves_no_waiting_backend(
         sys.executable, "-m", "tiger_db", "seal-audit", "--patience", "600",
         env=os.environ | environment_of(database.settings) | secret,
     )  # fmt: skip
-    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+    waiting = f"SELECT count(*) FROM {WAITING_LOCKS} AND locktype = 'advisory'"
 
     async def waits() -> bool:
         return bool(await owner.fetchval(waiting))

@@ -22,7 +22,7 @@ from tests.support import factories
 from tests.support.private_servers import new_database, server
 from tests.support.trail import stored_events
 from tests.support.verifiers import kill
-from tests.support.waiting import until
+from tests.support.waiting import WAITING_LOCKS, until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud, embedded
 from tiger_db.audit.seal_format import Seal, positions_in
 from tiger_db.connections import connect, maintenance_engine
@@ -37,9 +37,8 @@ INSERT INTO audit_logs (id, action, result, severity)
 SELECT uuid7_floor(now() - $2 * interval '31 days' + n * interval '1 ms'), 'data:query',
     'success', 'low' FROM generate_series(1, $1::int) AS n
 """
-CUT_OFF = """
-SELECT pg_terminate_backend(pid) FROM pg_locks
-WHERE NOT granted AND relation = 'audit_logs'::regclass
+CUT_OFF = f"""
+SELECT pg_terminate_backend(pid) FROM {WAITING_LOCKS} AND relation = 'audit_logs'::regclass
 """
 
 

@@ -15,7 +15,7 @@ from sqlmodel import col
 from tests.support import factories
 from tests.support.months import month, partition, put
 from tests.support.trail import stored_events
-from tests.support.waiting import until
+from tests.support.waiting import WAITING_LOCKS, until
 from tiger_db import Actor, AuditAction, AuditLog, Database, Settings, acting_as, audit, crud
 from tiger_db.audit import FindingKind
 from tiger_db.audit.seal_format import Seal
@@ -203,7 +203,7 @@ async def waits(connection: Connection) -> bool:
     """Return whether a transaction waits for a lock on `audit_logs`."""
     return bool(
         await connection.fetchval(
-            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'audit_logs'::regclass"
+            f"SELECT count(*) FROM {WAITING_LOCKS} AND relation = 'audit_logs'::regclass"
         )
     )
 

@@ -19,7 +19,7 @@ from tests.support.cli_events import log
 from tests.support.command_line import COMMAND, CommandLine, Result
 from tests.support.newer_release import NEWER_EVENT, NEWER_SCHEMA, NEWER_VALUES
 from tests.support.sql import run_sql, write
-from tests.support.waiting import wait_until
+from tests.support.waiting import WAITING_LOCKS, wait_until
 from tiger_db import (
     AuditAction,
     AuditLog,
@@ -33,8 +33,8 @@ from tiger_db.connections import connect
 from tiger_db.database import AsyncSession
 
 COUNT = 12  # events of the fixture `sealed`
-WAITING = """
-SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'audit_logs'::regclass)
+WAITING = f"""
+SELECT EXISTS (SELECT FROM {WAITING_LOCKS} AND relation = 'audit_logs'::regclass)
 """
 INSERT = """
 INSERT INTO audit_logs (id, action, result, severity, user_id)

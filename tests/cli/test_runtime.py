@@ -11,6 +11,7 @@ import pytest
 from tests.support.cli_accounts import NUMBER, REQUIRED, create
 from tests.support.command_line import COMMAND, CommandLine
 from tests.support.sql import run_sql
+from tests.support.waiting import WAITING_LOCKS
 from tiger_db import Settings
 from tiger_db.connections import connect
 
@@ -111,7 +112,7 @@ def test_ctrl_c_is_exit_code_130(cli: CommandLine, clone_settings: Settings) -> 
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cli.environment(),
                 )  # fmt: skip
                 while not await connection.fetchval(
-                    "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted"
+                    f"SELECT EXISTS (SELECT FROM {WAITING_LOCKS}"
                     " AND relation = 'tiger_accounts'::regclass)"
                 ):
                     assert process.returncode is None

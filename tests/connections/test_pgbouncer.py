@@ -333,8 +333,8 @@ async def test_a_statement_timeout_behind_the_pooler_leaves_no_state(
         async with database.session() as session:
             assert await session.scalar(text("SELECT current_setting('TimeZone')")) == "UTC"
     deadline = time.monotonic() + SOON
-    sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
-    while await sql(behind, f"{sleeping} AND state = 'active'"):
+    sleeping = "datname = current_database() AND query LIKE 'SELECT pg_sleep%' AND state = 'active'"
+    while await sql(behind, f"SELECT count(*) FROM pg_stat_activity WHERE {sleeping}"):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.support.sql import sql
-from tests.support.waiting import until
+from tests.support.waiting import WAITING_LOCKS, until
 from tiger_db import Database, Settings, doctor
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.errors import MigrationError, SchemaMismatch
@@ -191,7 +191,7 @@ async def test_a_reader_during_the_renaming_finds_the_revision(clone_settings: S
     await transaction.start()
     await other.execute("ALTER TABLE alembic_version RENAME TO tiger_db_alembic_version")
     reading = asyncio.create_task(state_of(clone_settings))
-    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation IS NOT NULL"
+    waiting = f"SELECT count(*) FROM {WAITING_LOCKS} AND relation IS NOT NULL"
     await until(lambda: other.fetchval(waiting))
     await transaction.commit()
     await other.close()

@@ -27,7 +27,7 @@ from tests.support.refresh_workers import (
     run_once,
     working,
 )
-from tests.support.waiting import until
+from tests.support.waiting import WAITING_LOCKS, until
 from tests.support.worker_processes import environment
 from tiger_db import (
     AccountStatus,
@@ -619,8 +619,7 @@ async def test_stopping_ends_within_its_grace_if_the_database_hangs(
 
     async def two_wait() -> bool:
         waiting = await other.fetchval(
-            "SELECT count(*) FROM pg_locks WHERE NOT granted"
-            " AND relation = 'token_statuses'::regclass"
+            f"SELECT count(*) FROM {WAITING_LOCKS} AND relation = 'token_statuses'::regclass"
         )
         return bool(waiting >= 2)
 

@@ -7,6 +7,12 @@ from collections.abc import Awaitable, Callable
 
 _PAUSE = 0.005  # seconds
 
+# Tests run beside each other on one server, and a table has the same OID in all their databases.
+WAITING_LOCKS = """
+pg_locks JOIN pg_database ON pg_database.oid = database
+WHERE datname = current_database() AND NOT granted
+"""
+
 
 async def until(condition: Callable[[], object | Awaitable[object]], seconds: float = 30) -> None:
     """Wait until a condition, which may be asynchronous, is true.
