@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -20,8 +21,9 @@ from tests.support.clusters import (
     port_of,
 )
 from tests.support.waiting import until
-from tiger_db import Database, KeyVerifier, crud
+from tiger_db import Database, KeyVerifier, Settings, crud
 from tiger_db import settings as settings_module
+from tiger_db.connections import connect
 from tiger_db.database import AsyncSession
 from tiger_db.errors import (
     DatabaseUnavailable,
@@ -123,13 +125,52 @@ async def writes(database: Database) -> bool:
     return False
 
 
-async def test_a_silent_host_does_not_block_the_next_one(cluster: Cluster) -> None:
-    with socket.create_server((LOOPBACK, 0)) as silent:
-        nobody = Server(cluster.primary.data, silent.getsockname()[1])
-        settings = cluster.settings(nobody, cluster.standby, cluster.primary)
-        hurried = settings.model_copy(update={"db_connect_timeout": 0.3})
-        async with Database(hurried) as database, database.session() as session:
-            assert await port_of(session) == cluster.primary.port
+@pytest.fixture
+def silent(cluster: Cluster) -> Iterator[Server]:
+    """Return the address of a server that accepts connections and never answers."""
+    with socket.create_server((LOOPBACK, 0)) as listening:
+        yield Server(cluster.primary.data, listening.getsockname()[1])
+
+
+def patient(settings: Settings) -> Settings:
+    return settings.model_copy(update={"db_connect_timeout": 60})
+
+
+async def test_a_silent_host_does_not_block_the_next_one(cluster: Cluster, silent: Server) -> None:
+    settings = patient(cluster.settings(silent, cluster.standby, cluster.primary))
+    async with asyncio.timeout(10), Database(settings) as database, database.session() as session:
+        assert await port_of(session) == cluster.primary.port
+
+
+async def test_a_standby_is_promoted_while_a_silent_host_is_waited_for(
+    cluster: Cluster, silent: Server
+) -> None:
+    standby = f"postgresql://tiger_db@{cluster.standby.location}/tiger_db?target_session_attrs=any"
+    watching = await connect(Settings(database_url=standby))
+    sessions = "SELECT sessions FROM pg_stat_database WHERE datname = current_database()"
+    before = await watching.fetchval(sessions)
+
+    async def was_tried() -> bool:
+        return bool(await watching.fetchval(sessions) > before)
+
+    connecting = asyncio.create_task(connect(patient(cluster.settings(silent, cluster.standby))))
+    await until(was_tried)
+    await asyncio.to_thread(cluster.standby.promote)
+    async with asyncio.timeout(10):
+        connection = await connecting
+    assert await connection.fetchval("SELECT inet_server_port()") == cluster.standby.port
+    await connection.close()
+    await watching.close()
+
+
+async def test_all_hosts_that_refuse_are_named(cluster: Cluster, silent: Server) -> None:
+    settings = cluster.settings(cluster.standby, silent)
+    with pytest.raises(DatabaseUnavailable) as caught:
+        await connect(settings.model_copy(update={"db_connect_timeout": 1}))
+    assert len(asyncio.all_tasks()) == 1  # no attempt goes on
+    standby, other = str(caught.value).split("; ")
+    assert f"{cluster.standby.location}: " in standby
+    assert other == f"{silent.location}: the server did not answer in 1 s (DB_CONNECT_TIMEOUT)"
 
 
 async def test_a_server_that_stops_answering_is_lost(

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -43,6 +44,7 @@ from tiger_db.tracebacks import forgets_locals
 
 # If a connection fails with one of _HOST_ERRORS, a connection to the next host can succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
+_NEXT_HOST_SECONDS = 0.25  # the "Connection Attempt Delay" of RFC 8305
 # A server, or a pooler, that does not support a session parameter refuses the connection.
 _PARAMETER_ERRORS = (
     asyncpg.InvalidParameterValueError,
@@ -80,9 +82,10 @@ async def connect(
 ) -> "asyncpg.Connection[asyncpg.Record]":
     """Open an asyncpg connection to `database`, or by default to the database of the settings.
 
-    `connect` tries the configured hosts in order until a host accepts writes. The timeout for each
-    host is `DB_CONNECT_TIMEOUT`. If `replica` is given, `connect` tries only this replica, which
-    must be a standby.
+    `connect` tries the configured hosts in order until a host accepts writes. If a host does not
+    answer in 0.25 s, the next host is tried as well. The timeout for each host is
+    `DB_CONNECT_TIMEOUT`. If `replica` is given, `connect` tries only this replica, which must be a
+    standby.
 
     Raises:
         ConfigurationError: a file that a `DB_SSL_*` variable names is missing or malformed.
@@ -140,15 +143,39 @@ async def _connect_to_first(
     hosts, ports = arguments.get("host"), arguments.get("port")
     if not isinstance(hosts, list) or not isinstance(ports, list):
         return await _connect_to_host(settings, arguments)
-    # asyncpg is called once per host, because asyncpg has one timeout for all hosts of a call. If
-    # one call had several hosts, a host that does not answer would use up the timeout of all hosts.
-    reasons = []
-    for host, port in zip(hosts, ports, strict=True):
-        try:
-            return await _connect_to_host(settings, {**arguments, "host": host, "port": port})
-        except _HOST_ERRORS as error:
-            reasons.append(f"{Address(host, port)}: {reason(error)}")
-    raise ConnectionError("; ".join(reasons))
+    # asyncpg tries the next host only after the timeout of a host that does not answer. Here, the
+    # next host is tried after a short time, as in RFC 8305. Hosts that refused, such as standbys,
+    # are tried again while another host has not answered: one of them can be promoted meanwhile.
+    addresses = dict.fromkeys(map(Address, hosts, ports))
+    untried, reasons = deque(addresses), dict[Address, str]()
+    attempts: dict[asyncio.Task[asyncpg.Connection[asyncpg.Record]], Address] = {}
+    try:
+        while len(reasons) < len(addresses):
+            if untried:
+                address = untried.popleft()
+                attempt = _connect_to_host(
+                    settings, {**arguments, "host": address.host, "port": address.port}
+                )
+                attempts[asyncio.create_task(attempt)] = address
+            await asyncio.wait(
+                attempts, timeout=_NEXT_HOST_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+            done = [task for task in attempts if task.done()]
+            for task in done:
+                address = attempts.pop(task)
+                try:
+                    return task.result()
+                except _HOST_ERRORS as error:
+                    reasons[address] = f"{address}: {reason(error)}"
+            if not done and not untried:
+                untried.extend(a for a in addresses if a not in attempts.values())
+    finally:
+        for task in attempts:
+            task.cancel()
+        for result in await asyncio.gather(*attempts, return_exceptions=True):
+            if isinstance(result, asyncpg.Connection):
+                result.terminate()
+    raise ConnectionError("; ".join(reasons[address] for address in addresses))
 
 
 @forgets_locals
