@@ -224,7 +224,7 @@ def main() -> None:
         results, facts = asyncio.run(run(server))
         sizes = [*growth.SIZES, *map(int, sys.argv[1:])]
         growing = asyncio.run(growth_rows(server, sizes))
-        text = report(bare_results, results, facts, growing, server) + trail.section()
+        text = report(bare_results, results, facts, growing, server) + trail.kept_sections()
         Path(__file__).with_name("RESULTS.md").write_text(text, encoding="utf-8")
     finally:
         server.stop()

@@ -102,8 +102,8 @@ async def measure_size(server: servers.Server, count: int) -> str:
         await databases.drop(server.url, NAME)
 
 
-def section() -> str:
-    """Return the section that the last `make bench-trail` has written, or an empty text."""
+def kept_sections() -> str:
+    """Return the sections that `make bench` does not write: of this benchmark and of drills."""
     _, heading, text = RESULTS.read_text(encoding="utf-8").partition(HEADING)
     return f"\n{heading}{text}" if heading else ""
 
@@ -130,8 +130,9 @@ def main() -> None:
         text = report(server)
     finally:
         server.stop()
-    others, _, _ = RESULTS.read_text(encoding="utf-8").partition(f"\n{HEADING}")
-    RESULTS.write_text(others + text, encoding="utf-8")
+    before, _, old = RESULTS.read_text(encoding="utf-8").partition(f"\n{HEADING}")
+    _, heading, after = old.partition("\n## ")
+    RESULTS.write_text(before + text + heading + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ async def test_a_failover_loses_nothing(
         servers = [node.server for node in cluster.nodes]
         first = cluster.nodes[0].server
         run("createdb", "-h", LOOPBACK, "-p", str(first.port), "-U", "tiger_db", "tiger_db")
-        settings = installation.settings(*servers, db_query_timeout=5, db_connect_timeout=1)
+        settings = installation.settings(*servers, db_query_timeout=5)
         async with maintenance_engine(settings) as engine:
             await upgrade(engine)
         async with load(settings, writers=WRITERS) as running, callers(settings, broker) as made:

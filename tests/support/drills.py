@@ -42,7 +42,6 @@ class Installation:
     def settings(self, *servers: Server, **changed: object) -> Settings:
         options: dict[str, object] = {
             "db_host": ",".join(server.location for server in servers) or None,
-            "db_connect_timeout": 5,
             "audit_checkpoints": self.checkpoints,
             **json.loads(self.keys.read_text()),
             **changed,
