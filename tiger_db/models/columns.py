@@ -115,6 +115,10 @@ class Json(JSONB):
 
     json_type: ClassVar = "object"
 
+    def adapt(self, cls: type[Any], **options: Any) -> Any:  # noqa: ANN401, ARG002  # SQLAlchemy's
+        # SQLAlchemy 2.0 would replace this type by its JSONB type for asyncpg.
+        return super().adapt(type(self), **options)
+
     def result_processor(
         self,
         dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
