@@ -5,12 +5,13 @@ import shlex
 
 import asyncpg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import LargeBinary, text
 
 from tests.support.roles import connected_as, granted, new_role
 from tests.support.sql import months, sql
 from tiger_db import Database, Settings, audit
 from tiger_db.connections import connect, maintenance_engine
+from tiger_db.encryption import EncryptedType
 from tiger_db.errors import InvalidValue, NotFound, PrivilegeMissing
 from tiger_db.migrations import pending_sql, roles, upgrade
 from tiger_db.migrations.declared import GRANTS, SEQUENCE, Privileges, grants_on
@@ -51,9 +52,7 @@ def test_each_column_that_looks_secret_is_secret() -> None:
     )
     for name in TABLES:
         columns = metadata.tables[name].c
-        binary = {
-            c.name for c in columns if "BYTE" in str(c.type).upper() or c.type.python_type is bytes
-        }
+        binary = {c.name for c in columns if isinstance(c.type, LargeBinary | EncryptedType)}
         expected = {c.name for c in columns if looks.search(c.name)} | binary
         if name != "audit_seals":
             assert SECRET_COLUMNS.get(name, frozenset()) == expected, name
