@@ -14,12 +14,11 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 
-def merkle_root(nodes: list[bytes]) -> bytes:
-    while len(nodes) > 1:
-        pairs = zip(nodes[::2], nodes[1::2], strict=False)
-        rest = nodes[-1:] if len(nodes) % 2 else []
-        nodes = [sha256(b"\1" + left + right).digest() for left, right in pairs] + rest
-    return nodes[0] if nodes else sha256(b"").digest()
+def merkle_root(leaves: list[bytes]) -> bytes:
+    if len(leaves) < 2:  # as in RFC 6962, section 2.1
+        return sha256(b"\0" + leaves[0] if leaves else b"").digest()
+    half = 1 << (len(leaves) - 1).bit_length() - 1  # the largest power of 2 below the number
+    return sha256(b"\1" + merkle_root(leaves[:half]) + merkle_root(leaves[half:])).digest()
 
 
 def check(is_valid: object, message: str) -> None:
@@ -55,9 +54,8 @@ def verify(export: Path, key: str, checkpoint: Path | None) -> str:
             check("archive" in payload or all(gone), f"seal {number}: events reappeared")
         else:
             sealed = {at: digests[32 * i : 32 * i + 32] for i, at in enumerate(places)}
-            leaves = [b"\0" + at.to_bytes(8, "big", signed=True) + d for at, d in sealed.items()]
-            root = merkle_root([sha256(leaf).digest() for leaf in leaves]).hex()
-            check(root == payload["root"], f"seal {number}: wrong Merkle root")
+            leaves = [at.to_bytes(8, "big", signed=True) + d for at, d in sealed.items()]
+            check(merkle_root(leaves).hex() == payload["root"], f"seal {number}: wrong Merkle root")
             missing |= sealed
         previous, upto = sha256(text.encode()).hexdigest(), payload["upto"]
         if expected and last < (at := json.loads(expected)["number"]) <= number:

@@ -20,7 +20,7 @@ Change = Callable[[list[str]], None]
 
 def test_the_program_is_short_and_needs_only_cryptography() -> None:
     source = PROGRAM.read_text("utf-8")
-    assert len([line for line in source.splitlines() if line.strip()]) <= 62
+    assert len([line for line in source.splitlines() if line.strip()]) <= 60
     imported = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

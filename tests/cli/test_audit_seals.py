@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.cli_events import log
 from tests.support.command_line import CommandLine, Result
+from tests.support.months import month, put
 from tests.support.sql import run_sql
 from tiger_db import Settings
 from tiger_db.connections import connect
@@ -299,8 +300,8 @@ def test_a_month_is_archived_and_verified(
 ) -> None:
     folder = {"AUDIT_ARCHIVE": str(tmp_path)} | cli_key()
     assert "AUDIT_ARCHIVE is not set" in cli.fails("archive-audit", "--month", "2020-01")
-    for month in ("January", "2026-13", "2026-1", "202601", "2026-01-01", "0000-01", ""):
-        message = cli.misused("archive-audit", "--month", month, **folder)
+    for text in ("January", "2026-13", "2026-1", "202601", "2026-01-01", "0000-01", ""):
+        message = cli.misused("archive-audit", "--month", text, **folder)
         assert "Invalid value for --month: give a year and a month, such as 2026-01" in message
     done = cli.ok("archive-audit", "--month", "2020-01", **folder)
     assert done.err == "the database has no events of 2020-01\n"
@@ -311,3 +312,30 @@ def test_a_month_is_archived_and_verified(
 
 def cli_key() -> dict[str, str]:
     return {"AUDIT_SIGNING_KEY": "A" * 43 + "="}
+
+
+@pytest.mark.slow
+def test_maintain_names_each_month_that_stays(
+    signing: CommandLine, clone_settings: Settings
+) -> None:
+    """Late events keep two months, and not the month between them."""
+
+    async def put_months() -> None:
+        connection = await connect(clone_settings)
+        for ago in (16, 15, 14):
+            await put(connection, ago)
+        for ago in (16, 14):
+            await put(connection, ago, 1, now=True, minute=1)
+        await connection.execute("SELECT make_audit_months(0)")
+        await connection.close()
+
+    asyncio.run(put_months())
+    signing.ok("seal-audit")
+    done = signing("maintain-audit", AUDIT_RETENTION_MONTHS="12")
+    first, *lines = done.err.splitlines()
+    assert (done.code, first) == (1, f"created 0 partitions; removed {month(15)}")
+    assert [line.partition(" that ")[0] for line in lines] == [
+        f"error: the events of {month(ago)} were not removed: the month holds events"
+        for ago in (16, 14)
+    ]
+    signing.ok("verify-audit")

@@ -115,12 +115,16 @@ async def find_sealed_month(
     if first is None:
         return None
     if others:
-        raise CannotRetireError(f"the partition {partition} holds events of another month")
+        raise CannotRetireError(
+            f"the partition {partition} holds events of another month, because somebody has renamed"
+            " it or attached it: move its events as docs/audit-trail.md says under `Partitions with"
+            " events of another month`"
+        )
     if written_before is not None and written >= written_before:
         raise CannotRetireError(
             f"the month holds events that a machine whose clock was wrong wrote in {written:%Y-%m}:"
-            " set the clock of that machine; this month and the later months are retired when the"
-            f" events of {written:%Y-%m} are"
+            " set the clock of that machine; the month is retired when the events of"
+            f" {written:%Y-%m} are"
         )
     if last > upto:
         raise CannotRetireError(NOT_SEALED)

@@ -53,7 +53,7 @@ class Maintenance:
 
     made: int = 0  # Number of partitions that `maintain` created.
     retired: list[str] = field(default_factory=list)  # Months whose events `maintain` removed.
-    # If `maintain` could not retire an old month, `kept` maps the oldest such month to the reason.
+    # `kept` maps each old month that `maintain` could not retire to the reason.
     kept: dict[str, str] = field(default_factory=dict)
 
 
@@ -63,8 +63,11 @@ async def maintain(database: Database, *, progress: Progress = no_progress) -> M
 
     Events in the default partition are moved to the partitions of the events' months. A month is
     due for retirement if the month ended at least `AUDIT_RETENTION_MONTHS` full months ago. A due
-    month is retired if all events of the month are sealed and unchanged. The oldest month is
-    retired first. A new seal records the retirement; the seals of the removed events are kept.
+    month is retired if all events of the month are sealed and unchanged, and no event of their
+    seals is missing. A new seal records the retirement; the seals of the removed events are kept.
+    The oldest month is retired first, but a month that cannot be retired does not keep later
+    months: the seal of a retirement lists the removed positions, and a verification does not depend
+    on the order of retirements.
 
     If `AUDIT_ARCHIVE` is set, a month is first written to the archive. The files are read back, and
     must have exactly the events of the month. The seal of the retirement signs their names, numbers
@@ -95,42 +98,47 @@ async def maintain(database: Database, *, progress: Progress = no_progress) -> M
             kept_from = first_kept_month(
                 await connection.fetchval("SELECT clock_timestamp()"), datetime.now(UTC), retention
             )
-            sealer, files = None, None
-            for month in await _due_months(connection, kept_from):
-                if sealer is None:
-                    key = await required_key(database)
-                    folder = database.settings.audit_checkpoints
-                    sealer = await Sealer.open(connection, key, folder)
-                    if database.settings.audit_archive is not None:
-                        files = await open_configured(database)
-                try:
-                    archived = None
-                    if files is not None:
-                        archived = await _with_lock_retries(
-                            connection,
-                            partial(
-                                archive_month,
-                                sealer,
-                                files,
-                                month,
-                                written_before=kept_from,
-                                progress=progress,
-                            ),
-                        )
-                    retire = partial(_retire, archives=files is not None, archived=archived)
-                    await _with_lock_retries(connection, partial(retire, sealer, month, kept_from))
-                except ArchiveBusyError:
-                    break  # the other session retires the months
-                except CannotRetireError as reason:
-                    done.kept[month] = str(reason)
-                    break  # `maintain` retires a month only after all earlier months
-                done.retired.append(month)
-            if sealer is not None:
-                await sealer.finish()
+            if months := await _due_months(connection, kept_from):
+                await _retire_months(
+                    database, connection, months, kept_from, done=done, progress=progress
+                )
         finally:
             if not connection.is_closed():
                 await connection.execute("RESET lock_timeout")
     return done
+
+
+async def _retire_months(
+    database: Database,
+    connection: Connection,
+    months: list[str],
+    kept_from: datetime,
+    *,
+    done: Maintenance,
+    progress: Progress,
+) -> None:
+    """Retire the months that can be retired, and add all of them to the result."""
+    key, folder = await required_key(database), database.settings.audit_checkpoints
+    sealer, files = await Sealer.open(connection, key, folder), None
+    if database.settings.audit_archive is not None:
+        files = await open_configured(database)
+    for month in months:
+        try:
+            archived = None
+            if files is not None:
+                write = partial(archive_month, written_before=kept_from, progress=progress)
+                archived = await _with_lock_retries(
+                    connection, partial(write, sealer, files, month)
+                )
+            retire = partial(_retire, archives=files is not None, archived=archived)
+            await _with_lock_retries(connection, partial(retire, sealer, month, kept_from))
+        except ArchiveBusyError:
+            break  # the other session retires the months
+        except CannotRetireError as reason:
+            done.kept[month] = str(reason)
+        else:
+            done.retired.append(month)
+    await sealer.finish()
 
 
 async def _with_lock_retries(connection: Connection, work: Callable[[], Awaitable[T]]) -> T:

@@ -259,8 +259,13 @@ def maintain_audit(*, as_json: options.AsJson = False) -> None:
         output.print_json(asdict(result))
     removed = "".join(f"; removed {month}" for month in result.retired)
     output.print_message(f"created {output.count_of(result.made, 'partition')}{removed}")
-    for month, reason in result.kept.items():
-        raise InvalidValue(f"the events of {month} were not removed: {reason}")
+    reasons = [
+        f"the events of {month} were not removed: {reason}" for month, reason in result.kept.items()
+    ]
+    for reason in reasons[:-1]:
+        output.print_message(f"error: {reason}")
+    if reasons:
+        raise InvalidValue(reasons[-1])
 
 
 @app.command(rich_help_panel=PANEL)
