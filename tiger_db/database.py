@@ -35,7 +35,6 @@ from tiger_db.keys_in_force import (
     configured,
     in_force,
 )
-from tiger_db.migrations import schema_state
 from tiger_db.models import SECRET_COLUMNS
 from tiger_db.models.secrets import CONTEXT
 from tiger_db.out_of_band import OutOfBandWriter
@@ -226,6 +225,8 @@ class Database:
         self.claim()
         if self._checked:
             return
+        from tiger_db.migrations import schema_state  # noqa: PLC0415  # slow import
+
         if self.settings.embedded:
             provider, peppers = self.info[CONTEXT].key_provider, self.info[CONTEXT].peppers
             provider = provider or await asyncio.to_thread(in_force, self.settings, ENCRYPTION_KEYS)

@@ -18,7 +18,6 @@ from tiger_db.crud.api_keys.key_format import parse_key
 from tiger_db.crud.api_keys.policy import AccessRequest, access_request, check_access
 from tiger_db.database import Database
 from tiger_db.errors import AccessDenied, InvalidAPIKey, InvalidValue, SchemaMismatch
-from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import APIKey, APIKeyScope
 from tiger_db.public import public
 from tiger_db.tracebacks import forgets_locals
@@ -115,6 +114,8 @@ class KeyVerifier:
             await asyncio.wait([listener])
 
     async def _compare_triggers(self) -> None:
+        from tiger_db.migrations.comparison import find_differences  # noqa: PLC0415  # slow import
+
         async with self.database.engine.connect() as connection:
             for difference in await find_differences(connection):
                 if not (difference.undeclared or _TABLES.isdisjoint(difference.tables)):
