@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from functools import cache, wraps
+from functools import cache, cached_property, wraps
 from math import isfinite
 from types import UnionType
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
@@ -91,10 +91,18 @@ class Types:
     def __init__(self, title: str, hints: Mapping[str, Any]) -> None:
         self._title = title
         self._hints = hints
-        self._tests = {
-            name: _test(hint) for name, hint in hints.items() if name not in _CHECKED_BY_FUNCTION
+
+    @cached_property
+    def _tests(self) -> dict[str, Callable[[Any], bool]]:
+        return {
+            name: _test(hint)
+            for name, hint in self._hints.items()
+            if name not in _CHECKED_BY_FUNCTION
         }
-        self._iterables = [name for name, hint in hints.items() if get_origin(hint) is Iterable]
+
+    @cached_property
+    def _iterables(self) -> list[str]:
+        return [name for name, hint in self._hints.items() if get_origin(hint) is Iterable]
 
     def check(self, values: dict[str, Any]) -> None:
         """Raise InvalidFields if a value has a wrong type.
