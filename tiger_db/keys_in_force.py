@@ -3,8 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from tiger_db.encryption import KeyRing, generate_encryption_key, generate_key
 from tiger_db.errors import ConfigurationError
@@ -17,8 +16,7 @@ from tiger_db.tracebacks import forgets_locals
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class KeySetting(Generic[T]):
+class KeySetting(NamedTuple, Generic[T]):
     """A setting that contains secret keys, and the file of the same name in the home folder."""
 
     field: str

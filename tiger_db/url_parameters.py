@@ -4,9 +4,8 @@ The table in `docs/settings.md` has the same rows as `PARAMETERS`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 class SSLMode(StrEnum):
@@ -23,8 +22,7 @@ class SSLMode(StrEnum):
     VERIFY_FULL = "verify-full"
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(NamedTuple):
     """Parameters of URLs that are treated alike.
 
     If `values` is not empty, a parameter with another value is refused. The text `note` is the

@@ -72,9 +72,8 @@ async def fill(verifier: KeyVerifier, accounts: list[UUID], *, deep_copies: bool
     await verifier.authorize(raw_key)
     (accepted,) = verifier._cache.values()
     for number in range(CACHED - 1):
-        permissions = replace(
-            accepted.permissions, key_id=uuid4(), account_id=accounts[number % len(accounts)]
-        )
+        account_id = accounts[number % len(accounts)]
+        permissions = accepted.permissions._replace(key_id=uuid4(), account_id=account_id)
         copied = replace(accepted, permissions=permissions)
         if deep_copies:
             copied.key, copied.columns = accepted.key.model_copy(), {**accepted.columns}

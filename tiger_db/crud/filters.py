@@ -1,8 +1,7 @@
 """Filters of lists: keyword arguments that become SQL conditions."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeAlias, TypeVar, get_type_hints
 
 from pydantic import JsonValue
 from sqlalchemy import ColumnElement, SQLColumnExpression, Text, cast, collate, func, or_
@@ -19,8 +18,7 @@ Tag: TypeAlias = str | Mapping[str, JsonValue]
 Condition: TypeAlias = Callable[[Any], ColumnElement[bool]]
 
 
-@dataclass(frozen=True, slots=True)
-class Filters:
+class Filters(NamedTuple):
     """The filters of a list: the type and the SQL condition of each filter, by name."""
 
     types: Types

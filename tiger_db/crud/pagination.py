@@ -5,10 +5,10 @@ import binascii
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
@@ -57,8 +57,7 @@ class Page(Generic[T_co]):
         return len(self.items)
 
 
-@dataclass(frozen=True, slots=True)
-class EntityList(Generic[E_]):
+class EntityList(NamedTuple, Generic[E_]):
     """A list of entities: its name, its filters and its orders.
 
     The order `newest` sorts by id, newest row first. `orders` maps the names of other orders to the
@@ -68,7 +67,7 @@ class EntityList(Generic[E_]):
     name: str
     entity: type[E_]
     filters: Filters
-    orders: Mapping[str, str] = field(default_factory=dict)
+    orders: Mapping[str, str] = {}
 
 
 async def paginate(

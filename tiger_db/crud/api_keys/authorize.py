@@ -141,8 +141,7 @@ class VerifiedKey:
         return self.signed and not self.outdated
 
 
-@dataclass(frozen=True, slots=True)
-class _SessionWriter:
+class _SessionWriter(NamedTuple):
     """A substitute for OutOfBandWriter that writes in the transaction of a session."""
 
     session: AsyncSession

@@ -1,10 +1,9 @@
 """The access policy of API keys, which decides whether a key allows a request."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from types import NoneType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from uuid import UUID
 
 from tiger_db.errors import (
@@ -24,8 +23,7 @@ from tiger_db.public import Types
 _TRADE_SCOPES = frozenset(scope for scope in APIKeyScope if scope.family == "trade")
 
 
-@dataclass(frozen=True, slots=True)
-class AccessRequest:
+class AccessRequest(NamedTuple):
     """The access that a client requests with an API key, and the client's IP and user agent."""
 
     scopes: tuple[APIKeyScope, ...] = ()
@@ -84,8 +82,7 @@ def access_request(
     return AccessRequest(tuple(scopes), account_id, ip_address, user_agent)
 
 
-@dataclass(frozen=True, slots=True)
-class KeyPermissions:
+class KeyPermissions(NamedTuple):
     """The columns of an API key that the access policy depends on."""
 
     key_id: UUID

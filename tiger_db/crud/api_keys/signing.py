@@ -1,8 +1,7 @@
 """Functions that find API keys without a valid authentication code, and sign API keys."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Table, Text, and_, any_, cast, func, literal, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, UUID
@@ -96,8 +95,7 @@ def _is_unsigned(peppers: Peppers, key: APIKey) -> bool:
     return check_code(peppers, signed_values(key), key.mac) is CodeState.MISSING
 
 
-@dataclass(frozen=True, slots=True)
-class InvalidCodes:
+class InvalidCodes(NamedTuple):
     """The prefixes of the API keys in force that have no code or a wrong code."""
 
     missing: list[str]
