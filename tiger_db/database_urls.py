@@ -17,17 +17,17 @@ from tiger_db.url_parameters import check_parameters
 
 DEFAULT_PORT = 5432
 # `_SCHEME` matches the URL schemes of libpq, and SQLAlchemy's URL scheme for asyncpg.
-_SCHEME = re.compile(r"(?:postgres|postgresql|postgresql\+asyncpg)://")
+_SCHEME = r"(?:postgres|postgresql|postgresql\+asyncpg)://"
 # Unlike libpq, `_URL` refuses a password with an "@" that is not percent-encoded. If `_URL`
 # accepted an "@" in a password, the text after the "@" would be parsed as a host name. Error
 # messages show host names.
-_URL = re.compile(
-    _SCHEME.pattern + r"(?:(?P<user>[^:@/?]*)(?::(?P<password>[^@/?]*))?@)?"
+_URL = (
+    _SCHEME + r"(?:(?P<user>[^:@/?]*)(?::(?P<password>[^@/?]*))?@)?"
     r"(?P<hosts>[^@/?]*)(?:/(?P<dbname>[^@?]*))?(?:\?(?P<query>[^@]*))?"
 )
-_HOST = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]*))(?::(\d*))?", re.ASCII)
+_HOST = r"(?:\[([^\[\]]+)\]|([^\[\]:]*))(?::([0-9]*))?"
 # An IPv6 address without brackets, or with percent-encoded brackets, and possibly with a port.
-_BARE_IPV6 = re.compile(r"(?i:%5B)?[0-9A-Fa-f]*:[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*(?:%.*)?")
+_BARE_IPV6 = r"(?i:%5B)?[0-9A-Fa-f]*:[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*(?:%.*)?"
 _NEEDS_BRACKETS = (
     "DATABASE_URL: write an IPv6 address in brackets that are not percent-encoded, such as"
     " [2001:db8::1]:5432"
@@ -103,14 +103,14 @@ def parse_url(text: str) -> DatabaseURL:
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1].strip()
-    if not _SCHEME.match(text):
+    if not re.match(_SCHEME, text):
         raise ValueError("DATABASE_URL must start with postgresql://")
-    found = _URL.fullmatch(text)
+    found = re.fullmatch(_URL, text)
     if found is None or re.search(r"[\x01-\x20\x7f]", text):  # libpq 18 also refuses spaces
         raise ValueError(_MALFORMED)
-    hosts = [_HOST.fullmatch(host) for host in found["hosts"].split(",")]
+    hosts = [re.fullmatch(_HOST, host) for host in found["hosts"].split(",")]
     if not all(hosts):
-        ipv6 = any(_BARE_IPV6.fullmatch(host) for host in found["hosts"].split(","))
+        ipv6 = any(re.fullmatch(_BARE_IPV6, host) for host in found["hosts"].split(","))
         raise ValueError(_NEEDS_BRACKETS if ipv6 else _MALFORMED)
     named = [(_decode(host[1] or host[2]), "") for host in hosts if host]
     if any(host.startswith("[") for host, _ in named):
@@ -184,7 +184,7 @@ def _decode(text: str) -> str:
 
 def _split_port(text: str) -> tuple[str, str]:
     """Split a text into a host and a port. If the text has no port, return an empty port."""
-    found = None if text.startswith("/") else _HOST.fullmatch(text)
+    found = None if text.startswith("/") else re.fullmatch(_HOST, text)
     host = found and (found[1] or found[2])
     return (host, found[3] or "") if found and host else (text, "")
 

@@ -19,7 +19,7 @@ from tiger_db.errors import AlreadyExists, FileError, InvalidValue
 # Prefix of the temporary names of incomplete files and folders.
 UNFINISHED = ".tiger_db-unfinished-"
 # `_DESCRIPTOR` matches the path of a file descriptor, such as the target of the link /dev/stdout.
-_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)
+_DESCRIPTOR = "/(?:dev|proc/self)/fd/([0-9]+)"
 # Windows has access control lists instead of file modes.
 HAS_FILE_MODES = hasattr(os, "geteuid")
 _MAX_SYMLINKS = 40  # maximum number of symbolic links to follow, as in Linux
@@ -222,7 +222,7 @@ def _put(unfinished: Path, target: Path, undo: ExitStack, *, overwrite: bool) ->
 def _followed(path: Path) -> Path:
     """Resolve symbolic links, except file descriptors of this process such as /dev/fd/1."""
     for _ in range(_MAX_SYMLINKS):
-        if _DESCRIPTOR.fullmatch(str(path)) or not path.is_symlink():
+        if re.fullmatch(_DESCRIPTOR, str(path)) or not path.is_symlink():
             break
         path = path.parent / path.readlink()
     return path
@@ -233,5 +233,5 @@ def _is_stream(found: os.stat_result) -> bool:
 
 
 def _descriptor(path: Path) -> int | None:
-    found = _DESCRIPTOR.fullmatch(str(_followed(path)))
+    found = re.fullmatch(_DESCRIPTOR, str(_followed(path)))
     return None if found is None else int(found[1])

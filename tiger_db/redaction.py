@@ -19,19 +19,19 @@ _SHOWN_CHARACTERS, _REDACTED_CHARACTERS, _MAX_SECRET_LENGTH = 200, 2_000, 1_000
 # words.
 _MIN_SECRET_CHARACTERS = 4
 
-_PEM = re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL)
+_PEM = r"(?s)-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)"
 # Tiger's tokens are base64 of a text that begins with two times in epoch milliseconds, such as
 # `1700000000000,1…`.
 _TIGER_TOKEN = re.compile(
     r"(?:[M-O][DTjz][AEIMQUYcgk][w-z0-5]){4}[M-O][CSiy]w(?:[A-Za-z0-9+/_%-]|\\/)*={0,2}"
 )
-_JWT = re.compile(r"(?<![\w-])eyJ[\w-]{8,}(?:\.[\w-]+)+")
-_API_KEY = re.compile(r"\b(tdb_(?:live|test)_[0-9A-Za-z]{12})_[0-9A-Za-z]+")
-_BEARER = re.compile(r"\b(Bearer)\s+[^\s'\",;\\]+", re.IGNORECASE)
+_JWT = r"(?<![\w-])eyJ[\w-]{8,}(?:\.[\w-]+)+"
+_API_KEY = r"\b(tdb_(?:live|test)_[0-9A-Za-z]{12})_[0-9A-Za-z]+"
+_BEARER = r"(?i)\b(Bearer)\s+[^\s'\",;\\]+"
 # `_RANDOM` matches 40 or more characters of base64, such as keys, tokens and digests. The slashes
 # can be escaped as in JSON or URLs. `_LINES` matches base64 text of several lines.
-_RANDOM = re.compile(r"(?:[A-Za-z0-9+_-]|\\?/|%2[BbFf]){40,}={0,2}")
-_LINES = re.compile(
+_RANDOM = r"(?:[A-Za-z0-9+_-]|\\?/|%2[BbFf]){40,}={0,2}"
+_LINES = (
     r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{60,}+(?:\r?\n|(?:\\+r)?\\+n)[ \t]*)+[A-Za-z0-9+/]*={0,2}"
 )
 _SEPARATORS = re.compile(r"(?:[/_-]|\\/|%2[Ff])+")
@@ -64,7 +64,7 @@ _ELEMENT = rf"""
     """
 # `_URL` matches a URL without its scheme, up to its end. `_URL_PASSWORD` matches the password in a
 # well-formed URL. `_RAW_URL_PASSWORD` matches the start of a password that is not percent-encoded.
-_URL = re.compile(r""":(?:\\*/){2}(?:[^\s"'<>]|'(?=\w))+""")
+_URL = r""":(?:\\*/){2}(?:[^\s"'<>]|'(?=\w))+"""
 _URL_PASSWORD = re.compile(r"(:(?:\\*/){2}[^\s/?#@:\[\]]*:)[^\s/?#]+@")
 _RAW_URL_PASSWORD = re.compile(r":(?:\\*/){2}[^\s/?#@:\[\]]*:(?!\d*(?:[\\/?#,;&)]|\Z)|\*{10}@)")
 # Well-known forms of vendors' secrets: the first characters, and a pattern for the others. The
@@ -126,8 +126,8 @@ def redact_aggressively(text: str, *known: str) -> str:
     ]
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form.get_secret_value(), MASK)
-    text = _LINES.sub(_without_random, redact_known(text))
-    return _RANDOM.sub(_without_random, text)
+    text = re.sub(_LINES, _without_random, redact_known(text))
+    return re.sub(_RANDOM, _without_random, text)
 
 
 def redact_start(text: str) -> str:
@@ -181,7 +181,7 @@ _MAX_CACHED_NAME_CHARACTERS = 100
 
 _BASE64 = r"(?:[A-Za-z0-9+/]|\\/)"
 # `_DER` matches a private key in DER format, as base64 text in one or several lines.
-_DER = re.compile(
+_DER = (
     rf"(?<![A-Za-z0-9+])MII{_BASE64}{{27,}}+(?:(?:\s|\\+[rnt])+{_BASE64}{{30,}}+)*+"
     rf"(?:(?:\r?\n|(?:\\+r)?\\+n)[ \t]*{_BASE64}+)?={{0,2}}"
 )
@@ -254,7 +254,7 @@ def redact_known(text: str) -> str:
     if len(text) >= _MIN_TIGER_TOKEN_CHARACTERS:
         text = _TIGER_TOKEN.sub(MASK, text)
     if "bearer" in text.lower():
-        text = _BEARER.sub(rf"\1 {MASK}", text)
+        text = re.sub(_BEARER, rf"\1 {MASK}", text)
     if "<" in text or "&lt;" in text:
         text = _secret_values()[1].sub(rf"\g<open>{MASK}", text)
     if "=" in text or ":" in text or "\uff1a" in text or "\uff1d" in text:
@@ -323,9 +323,9 @@ def _without_der(match: re.Match[str]) -> str:
 
 
 # The secrets that `redact_known` recognizes by their forms: the first characters of a secret, the
-# pattern of the secret, and the replacement. Most of the patterns are texts, which `re` compiles
-# when they are first used, because few processes use them.
-_FORMS: tuple[tuple[str, str | re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+# pattern of the secret, and the replacement. The patterns are texts, which `re` compiles when they
+# are first used, because few processes use them.
+_FORMS: tuple[tuple[str, str, str | Callable[[re.Match[str]], str]], ...] = (
     ("-----BEGIN", _PEM, MASK),
     ("eyJ", _JWT, MASK),
     ("tdb_", _API_KEY, rf"\1_{MASK}"),

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -441,7 +442,7 @@ def _parse_actions(names: Sequence[str] | None) -> Sequence[str] | None:
         return None
     known = {*tiger_db.AuditAction, *(action.family for action in tiger_db.AuditAction)}
     for name in names:
-        if not tiger_db.crud.audit_logs.queries.ACTION_OR_FAMILY.fullmatch(name):
+        if not re.fullmatch(tiger_db.crud.audit_logs.queries.ACTION_OR_FAMILY, name):
             raise typer.BadParameter(
                 f"{name!r} is not an action, such as trade:place_order, or a family of actions,"
                 " such as trade",

@@ -15,7 +15,7 @@ from tiger_db.redaction import add_known_secrets
 from tiger_db.tracebacks import forgets_locals
 
 _FIELD = r"((?:\\.|[^\\:])*)"  # a backslash escapes a colon or a backslash
-_LINE = re.compile(f"{_FIELD}:{_FIELD}:{_FIELD}:{_FIELD}:(.*)")
+_LINE = f"{_FIELD}:{_FIELD}:{_FIELD}:{_FIELD}:(.*)"
 
 
 @forgets_locals
@@ -37,7 +37,7 @@ def find_password(file: Path, host: str, port: int, database: str, user: str) ->
                     " file"
                 )
             for line in lines:
-                found = None if line.startswith("#") else _LINE.fullmatch(line.rstrip("\r\n"))
+                found = None if line.startswith("#") else re.fullmatch(_LINE, line.rstrip("\r\n"))
                 if found is None:
                     continue
                 *fields, password = (re.sub(r"\\(.)", r"\1", text) for text in found.groups())

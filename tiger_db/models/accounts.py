@@ -121,7 +121,7 @@ _MIN_KEY_BITS = 1024  # minimum size of an RSA key in bits
 
 # _IGNORABLE matches the invisible characters: all code points with the Unicode property
 # Default_Ignorable_Code_Point, and U+FFF9 to U+FFFB.
-_IGNORABLE = re.compile(
+_IGNORABLE = (
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
     "\U000e0000-\U000e0fff]"
@@ -158,7 +158,7 @@ def normalize_tiger_id(text: str) -> str:
 
 def _normalize(text: str) -> str:
     """Remove invisible characters and surrounding blanks, and convert a text to Unicode's NFKC."""
-    return unicodedata.normalize("NFKC", _IGNORABLE.sub("", text)).strip(_BLANKS)
+    return unicodedata.normalize("NFKC", re.sub(_IGNORABLE, "", text)).strip(_BLANKS)
 
 
 def account_type_of(account_number: str) -> AccountType:

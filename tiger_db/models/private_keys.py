@@ -25,7 +25,7 @@ _PEM_LABELS = {
     "PRIVATE KEY": PrivateKeyFormat.PK8,
     "RSA PRIVATE KEY": PrivateKeyFormat.PK1,
 }
-_PEM_BEGIN = re.compile("-----BEGIN ([A-Z ]*PRIVATE KEY)-----")
+_PEM_BEGIN = "-----BEGIN ([A-Z ]*PRIVATE KEY)-----"
 MAX_KEY_CHARACTERS = 20_000  # an RSA key of 16,384 bits in PEM has about 13,000 characters
 TOO_LONG = f"a private key must have at most {MAX_KEY_CHARACTERS:,} characters"
 
@@ -85,7 +85,7 @@ def load_private_key(
 
 def _pem_block(text: str) -> tuple[str, str] | None:
     """Return the label and the content of the first private key in PEM, or None."""
-    begin = _PEM_BEGIN.search(text)
+    begin = re.search(_PEM_BEGIN, text)
     end = -1 if begin is None else text.find(f"-----END {begin[1]}-----", begin.end())
     return None if begin is None or end < 0 else (begin[1], text[begin.end() : end])
 

@@ -45,7 +45,7 @@ EventDimension: TypeAlias = Literal[
     "user_id",
     "ip_address",
 ]
-ACTION_OR_FAMILY = re.compile("[a-z][a-z0-9_]*(:[a-z][a-z0-9_]*)?")
+ACTION_OR_FAMILY = "[a-z][a-z0-9_]*(:[a-z][a-z0-9_]*)?"
 
 
 @public
@@ -187,7 +187,7 @@ _FAMILY = func.split_part(col(AuditLog.action), ":", 1, type_=Text)
 def _has_action(value: OneOrMore[AuditAction | str]) -> ColumnElement[bool]:
     names = as_list(value)
     for name in names:
-        if not ACTION_OR_FAMILY.fullmatch(name):
+        if not re.fullmatch(ACTION_OR_FAMILY, name):
             raise InvalidValue(f"{name!r} is neither an action nor a family of actions")
     action = col(AuditLog.action)
     families = [name for name in names if ":" not in name]
