@@ -44,30 +44,12 @@ def public(function: F_) -> F_:
         InvalidFields: an argument has a wrong type. The error message names the parameter, but
             does not show the argument.
     """
-
-    @cache  # not at import: few of the functions are called
-    def parameters() -> tuple[list[str], Types]:
-        given = inspect.signature(function).parameters
-        hints = {name: p.annotation for name, p in given.items() if p.kind is not p.VAR_KEYWORD}
-        positional = [name for name, p in given.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        return positional, Types(function.__qualname__, hints)
-
-    def check(arguments: tuple[object, ...], keywords: dict[str, object]) -> dict[str, object]:
-        positional, types = parameters()
-        given = dict(zip(positional, arguments, strict=False)) | keywords
-        if len(given) != len(arguments) + len(keywords):
-            function(
-                *arguments, **keywords
-            )  # Python raises TypeError for a repeated or surplus argument
-        types.check(given)
-        return given
-
     if inspect.iscoroutinefunction(function):
 
         @wraps(function)
         async def checked(*arguments: object, **keywords: object) -> object:
             try:
-                return await function(**check(arguments, keywords))
+                return await function(**_check(function, arguments, keywords))
             except BaseException as error:
                 forget_locals(error)
                 if isinstance(error, SQLAlchemyError):
@@ -80,9 +62,31 @@ def public(function: F_) -> F_:
         @forgets_locals
         @wraps(function)
         def checked(*arguments: object, **keywords: object) -> object:
-            return function(**check(arguments, keywords))
+            return function(**_check(function, arguments, keywords))
 
     return checked  # type: ignore[return-value]  # the wrapper has the signature of the function
+
+
+def _check(
+    function: Callable[..., Any], arguments: tuple[object, ...], keywords: dict[str, object]
+) -> dict[str, object]:
+    """Check the arguments of a call, and return them by name."""
+    positional, types = _parameters(function)
+    given = dict(zip(positional, arguments, strict=False)) | keywords
+    if len(given) != len(arguments) + len(keywords):
+        # Python raises TypeError for a repeated or surplus argument.
+        function(*arguments, **keywords)
+    types.check(given)
+    return given
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[list[str], "Types"]:
+    """Return the names of the positional parameters, and the types of the parameters."""
+    given = inspect.signature(function).parameters
+    hints = {name: p.annotation for name, p in given.items() if p.kind is not p.VAR_KEYWORD}
+    positional = [name for name, p in given.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return positional, Types(function.__qualname__, hints)
 
 
 class Types:
