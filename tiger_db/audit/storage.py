@@ -16,6 +16,7 @@ from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, SchemaMismatch
 from tiger_db.migrations.comparison import SELECT_CHANGED_SEQUENCE, find_differences
+from tiger_db.migrations.grants import find_definers
 from tiger_db.migrations.locks import DESCRIBE_SESSION, lock_key
 from tiger_db.out_of_band import asyncpg_connection
 
@@ -290,19 +291,21 @@ async def describe_lock_holders(connection: Connection) -> str:
     return ", ".join(str(description) for (description,) in rows) or "another session"
 
 
-async def find_weakened_protection(database: Database) -> list[str]:
+async def find_weakened_protection(database: Database) -> tuple[list[str], list[str]]:
     """Describe what differs in the protection of the audit trail from the declared schema.
 
     These are triggers, functions of triggers, row security, rules, the sequence of positions, and a
-    setting that turns triggers off.
+    setting that turns triggers off. The second list has functions, views and rules that run with
+    the privileges of the owner, and possibly do not change the audit trail.
     """
     async with maintenance_engine(database.settings) as engine, engine.connect() as connection:
+        definers = [found.description for found in await find_definers(connection)]
         return [
             difference.description
             for difference in await find_differences(connection)
             if {*difference.tables} <= {"audit_logs", "audit_seals"}
             or difference.description.startswith("session_replication_role")
-        ]
+        ], definers
 
 
 async def fetch_clock(connection: Connection) -> datetime:

@@ -98,8 +98,8 @@ async def verify(
         keys = [own.public_key()] if own is not None else []
     evidence = await asyncio.to_thread(_Evidence, database.settings.audit_checkpoints, checkpoint)
     verifier = TrailVerifier(keys, evidence.checkpoints)
-    for description in await storage.find_weakened_protection(database):
-        verifier.add_weakness(description)
+    weakened, definers = await storage.find_weakened_protection(database)
+    verifier.add_weakened_protection(weakened, definers)
     async with storage.open_snapshot(database) as connection:
         total = await connection.fetchval("SELECT max(position) FROM audit_logs") or 0
         verifier.database_time = await storage.database_time(connection)
@@ -272,9 +272,12 @@ class TrailVerifier:
         else:
             self._add_event(*item)
 
-    def add_weakness(self, description: str) -> None:
-        """Add a finding about the protection of the audit trail, which is listed last."""
-        self._find(2**63, AuditFinding(FindingKind.PROTECTION, description))
+    def add_weakened_protection(self, findings: Iterable[str], warnings: Iterable[str]) -> None:
+        """Add findings about the protection of the audit trail, which are listed last."""
+        for description in findings:
+            self._find(2**63, AuditFinding(FindingKind.PROTECTION, description))
+        for description in warnings:
+            self._report.warnings.append(AuditFinding(FindingKind.PROTECTION, description))
 
     def add_archive(self, archived: ArchiveReport) -> None:
         """Add the findings about the files of the archive."""

@@ -28,7 +28,7 @@ _TRAIL = re.compile(r"audit_logs|audit_logs_(default|\d{4}_\d{2}|position_seq)|a
 LOCK_GRANTS = text(f"SELECT pg_catalog.pg_advisory_xact_lock({lock_key(0x7469676572_03)})")
 _ROLES = text("SELECT role, kind FROM granted_roles ORDER BY role")
 _OBJECTS = """
-WITH objects AS (
+WITH RECURSIVE objects AS (
     SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS type, c.oid,
         c.relname::text AS name, format('%I.%I', n.nspname, c.relname) AS ident,
         c.relowner AS owner, c.relacl AS acl
@@ -154,6 +154,46 @@ WHERE type IN ('TABLE', 'SEQUENCE') AND grantee <> owner
 ORDER BY grantee, name, privilege, "column"
 """)  # noqa: S608  # constants
 
+# Functions, views and rules that a role may call or write, and that have the privileges of an owner
+# of the audit trail: functions with SECURITY DEFINER, and views and rules that lead to its tables.
+# An owner is a superuser, owns objects of tiger_db, or is a member of such a role. The callers are
+# granted roles, and PUBLIC. Functions of PostgreSQL and of extensions are omitted.
+_DEFINERS = text(f"""
+{_OBJECTS}, owners AS (
+    SELECT oid, quote_ident(rolname) AS name FROM pg_roles WHERE rolsuper OR EXISTS (
+        SELECT FROM objects WHERE type <> 'DATABASE' AND pg_has_role(pg_roles.oid, owner, 'MEMBER'))
+), callers AS (
+    SELECT quote_ident(r.rolname) AS role, m.rolname AS member
+    FROM pg_roles AS r JOIN pg_roles AS m ON pg_has_role(r.oid, m.oid, 'MEMBER')
+    WHERE r.rolname = ANY (CAST(:roles AS text[]))
+    UNION ALL SELECT 'PUBLIC', 'public'
+), trail AS (
+    SELECT oid FROM objects WHERE type IN ('TABLE', 'SEQUENCE')
+    UNION SELECT ev_class FROM trail JOIN pg_depend ON refobjid = trail.oid
+        JOIN pg_rewrite ON pg_rewrite.oid = objid
+    WHERE refclassid = 'pg_class'::regclass AND classid = 'pg_rewrite'::regclass
+), definers AS (
+    SELECT CASE prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END AS type, p.oid,
+        p.oid::regprocedure::text AS ident, proowner AS owner, pronamespace AS schema
+    FROM pg_proc AS p WHERE prosecdef AND p.oid >= 16384 AND NOT EXISTS (SELECT FROM pg_depend
+        WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')
+    UNION ALL
+    SELECT CASE relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END, c.oid, c.oid::regclass::text,
+        relowner, relnamespace
+    FROM trail JOIN pg_class AS c USING (oid)
+    WHERE c.oid NOT IN (SELECT oid FROM objects)
+        AND pg_relation_is_updatable(c.oid, true) & 28 <> 0  -- UPDATE, INSERT or DELETE
+        AND NOT coalesce(lower(reloptions::text) ~ 'security_invoker=(true|on|yes|1)', false)
+)
+SELECT type, ident, name AS owner, array_agg(DISTINCT role ORDER BY role) AS callers
+FROM definers AS d JOIN owners ON owners.oid = d.owner JOIN callers
+    ON has_schema_privilege(member, schema, 'USAGE') AND CASE WHEN type IN ('VIEW', 'TABLE')
+        THEN has_any_column_privilege(member, d.oid, 'INSERT, UPDATE')
+            OR has_table_privilege(member, d.oid, 'DELETE')
+        ELSE has_function_privilege(member, d.oid, 'EXECUTE') END
+GROUP BY type, ident, name ORDER BY ident
+""")  # noqa: S608  # constants
+
 
 async def find_granted_roles(connection: AsyncConnection) -> dict[str, RoleKind]:
     """Return the kind of each role that `tiger-db grant` has given privileges."""
@@ -246,8 +286,7 @@ async def find_grant_differences(connection: AsyncConnection) -> list[GrantDiffe
     async with _catalog(connection) as values:
         everyone = {**values, "roles": [*roles]}
         powers = (await connection.execute(_POWERS, everyone)).all()
-        unrestricted = {row.role for row in powers if row.power in _ALL_PRIVILEGES}
-        restricted = sorted({row.role for row in powers} - unrestricted)
+        restricted = _restricted(powers)
         held = (await connection.execute(_EFFECTIVE, {**values, "roles": restricted})).all()
         grantees = (await connection.execute(_SELECT_GRANTEES, everyone)).all()
     differences = [*_compare_roles(roles, powers)]
@@ -257,7 +296,39 @@ async def find_grant_differences(connection: AsyncConnection) -> list[GrantDiffe
         rows = [row for row in held if row.role == role]
         found = _compare_privileges(role, roles[role], rows)
         differences += [difference for difference in found if difference.repair not in repairs]
+    differences += await find_definers(connection)
     return [*differences, *_compare_grantees(grantees)]
+
+
+async def find_definers(connection: AsyncConnection) -> list[GrantDifference]:
+    """Find functions, views and rules that give roles the privileges of an owner of the trail."""
+    roles = await find_granted_roles(connection)
+    async with _catalog(connection) as values:
+        everyone = {**values, "roles": [*roles]}
+        restricted = _restricted((await connection.execute(_POWERS, everyone)).all())
+        found = (await connection.execute(_DEFINERS, {**values, "roles": restricted})).all()
+    return [_compare_definer(row) for row in found]
+
+
+def _compare_definer(row: Row[Any]) -> GrantDifference:
+    title, privilege, type_ = f"the {row.type.lower()} {row.ident}", "execute", row.type
+    revoked = "EXECUTE"
+    if row.type in ("VIEW", "TABLE"):
+        title = f"{'the rules of ' * (row.type == 'TABLE')}{title}"
+        privilege, type_, revoked = "write", "TABLE", "INSERT, UPDATE, DELETE"
+    roles = "".join(f", {name}" for name in row.callers if name != "PUBLIC")
+    return _difference(
+        f"{title}, which {', '.join(row.callers)} may {privilege}, can change the audit trail with"
+        f" the privileges of the owner {row.owner}",
+        f"REVOKE {revoked} ON {type_} {row.ident} FROM PUBLIC{roles}, or give the"
+        f" {row.type.lower()} an owner who may not change the audit trail",
+    )
+
+
+def _restricted(powers: Iterable[Row[Any]]) -> list[str]:
+    """Return the roles that do not have all privileges."""
+    unrestricted = {row.role for row in powers if row.power in _ALL_PRIVILEGES}
+    return sorted({row.role for row in powers} - unrestricted)
 
 
 async def find_powers(connection: AsyncConnection, role: str) -> Sequence[Row[Any]]:
