@@ -1,6 +1,7 @@
 """Databases, sessions and transactions."""
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -173,6 +174,8 @@ class Database:
             self.engine, class_=AsyncSession, expire_on_commit=False, info=self.info
         )
         self._checked = False
+        # The process and the event loop of the last call of `claim`.
+        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -189,8 +192,12 @@ class Database:
             InvalidState: the Database belongs to another process or to another event loop. The
                 error message names both.
         """
+        owner = os.getpid(), running_loop()
+        if owner == self._owner:  # each check of a cached API key calls this method
+            return
         for pool in self._pools:
             pool.claim()
+        self._owner = owner
 
     @property
     def _pools(self) -> list[OwnedPool]:
@@ -212,6 +219,7 @@ class Database:
         await self.out_of_band.close()
         await self.replicas.close()
         await self.engine.dispose()
+        self._owner = None
 
     async def check(self) -> None:
         """Check the connection and the schema revision, unless an earlier check succeeded.
