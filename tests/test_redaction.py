@@ -38,6 +38,7 @@ from tiger_db.redaction import (
     MASK,
     add_known_secrets,
     add_secret_names,
+    is_plain_name,
     is_secret_name,
     mask_account_number,
     redact_aggressively,
@@ -298,6 +299,17 @@ def test_a_secret_of_the_process_is_masked_in_every_text(spelling: str) -> None:
     assert redact_known("the password is short1") == "the password is short1"
 
 
+def test_a_name_is_plain_until_it_is_a_secret_of_the_process() -> None:
+    assert is_plain_name("order_zq81kk20")
+    add_known_secrets("zq81kk20")
+    assert not is_plain_name("order_zq81kk20")
+
+
+@pytest.mark.parametrize("name", ["é", "a\0b", "password", "a=b password=x", "sk_live_4242424242"])
+def test_names_with_secrets_or_other_characters_are_not_plain(name: str) -> None:
+    assert not is_plain_name(name)
+
+
 def test_the_last_secrets_of_the_process_are_kept() -> None:
     add_known_secrets("secret-0", *(f"secret-{n}" for n in range(100)), "secret-0", "secret-100")
     assert redact_known("secret-0 secret-1 secret-2") == f"{MASK} secret-1 {MASK}"
@@ -421,16 +433,17 @@ def test_names_of_secrets_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redaction, "_SECRET_WORDS", set(redaction._SECRET_WORDS))
     try:
         assert not is_secret_name("my_trade_key_2")
+        assert is_plain_name("my_trade_key_2")
         add_secret_names("tradeKey")
         assert is_secret_name("my_trade_key_2")
+        assert not is_plain_name("my_trade_key_2")
         assert redact_known("trade_key=1234") == f"trade_key={MASK}"
         assert redact_known("Trade key: 1234") == f"Trade key: {MASK}"
         with pytest.raises(ValueError, match="letter"):
             add_secret_names("mother", "--")
         assert not is_secret_name("mother")
     finally:
-        for cached in (redaction._is_secret, redaction._joined, redaction._secret_values):
-            cached.cache_clear()
+        redaction._clear_caches()
 
 
 @pytest.mark.parametrize("name", [n for n in FORMS if "digest" not in n and "only" not in n])

@@ -203,6 +203,17 @@ def is_secret_name(name: str) -> bool:
     )
 
 
+@lru_cache(maxsize=4096)
+def is_plain_name(name: str) -> bool:
+    """Return whether a name of at most 100 characters is ASCII and neither is nor names a secret."""
+    return (
+        name.isascii()
+        and "\0" not in name
+        and not is_secret_name(name)
+        and redact_known(name) == name
+    )
+
+
 def add_secret_names(*names: str) -> None:
     """Add names of secrets for this process. Fields whose name contains an added name are masked.
 
@@ -215,7 +226,11 @@ def add_secret_names(*names: str) -> None:
     if [] in added:
         raise ValueError("the name of a secret must contain a letter or a digit")
     _SECRET_WORDS.update(map(" ".join, added))
-    for cached in (_is_secret, _joined, _secret_values):
+    _clear_caches()
+
+
+def _clear_caches() -> None:
+    for cached in (_is_secret, _joined, _secret_values, is_plain_name):
         cached.cache_clear()
 
 
@@ -232,6 +247,7 @@ def add_known_secrets(*secrets: str) -> None:
             _known_secrets[secret] = tuple(_spellings(secret))
     while len(_known_secrets) > _MAX_KNOWN_SECRETS:
         del _known_secrets[next(iter(_known_secrets))]
+    is_plain_name.cache_clear()
 
 
 def redact_known(text: str) -> str:

@@ -30,7 +30,7 @@ import pydantic
 from pydantic import BaseModel, SecretBytes, SecretStr
 
 from tiger_db.models.api_keys import parse_address
-from tiger_db.redaction import MASK, is_secret_name, redact_aggressively, redact_known
+from tiger_db.redaction import MASK, is_plain_name, is_secret_name, redact_aggressively, redact_known
 
 NOTES = "_made_safe"  # name of the field of `details` that lists converted values
 _ELLIPSIS = "…"
@@ -44,6 +44,7 @@ _MAX_SECRET = 2_000
 # Limits of one value: length of a text in characters, and size of an integer in bits
 _MAX_TEXT = 100_000
 _MAX_BITS = 1000
+_MAX_NAME = 100  # maximum length of a name that `is_plain_name` keeps in its cache
 # Limits of the notes on one event: number of notes, and length of one note in characters
 _MAX_NOTES = 50
 _MAX_NOTE = 300
@@ -116,6 +117,8 @@ class _Sanitizer:
     def text_field(
         self, value: object, path: Path, limit: int, mask: Callable[[str], str] = redact_known
     ) -> str:
+        if type(value) is str:
+            return self.fit(value, path, limit, mask)
         text = _as_text(value)
         if not isinstance(value, str):
             self.note(path, type(value).__name__)
@@ -290,6 +293,15 @@ class _Sanitizer:
         for key, value in items:
             if self.is_full(path):
                 break
+            if (  # most names, which need no conversion
+                type(key) is str
+                and len(key) <= min(_MAX_NAME, self.characters_left)
+                and key not in result
+                and is_plain_name(key)
+            ):
+                self.characters_left -= len(key)
+                result[key] = self.json(value, (path, key), depth + 1)
+                continue
             name = key if type(key) is str else _as_text(key)
             stored = self.text(name, (path, name))
             if stored in result:
