@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields
 from ipaddress import IPv4Address, IPv6Address
 from uuid import UUID
 
-from sqlalchemy.orm.attributes import set_attribute
-
 from tiger_db.models import AuditLog
 from tiger_db.models.audit_logs import sanitize
 from tiger_db.public import public
@@ -85,5 +83,5 @@ def attribute(event: AuditLog, explicit: Actor | None = None) -> AuditLog:
         value = getattr(actor, name)
         if value is None or given.get(name) or (identified and name in _IDENTITY):
             continue
-        set_attribute(event, name, value)
+        given[name] = value  # only events whose row is not inserted yet get here
     return event

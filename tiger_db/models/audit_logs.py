@@ -366,7 +366,9 @@ def _text_limits() -> dict[str, int]:
 SERVER_COLUMNS = ("created_at", "position")  # columns whose values the database sets
 _TABLE = AuditLog.metadata.tables["audit_logs"]
 _COLUMNS = [column.name for column in _TABLE.columns if column.name not in SERVER_COLUMNS]
-_JSON_COLUMNS = {column.name for column in _TABLE.columns if isinstance(column.type, JSONB)}
+_JSON_COLUMNS = [
+    (index, name) for index, name in enumerate(_COLUMNS) if isinstance(_TABLE.c[name].type, JSONB)
+]
 INSERT = (
     f"INSERT INTO audit_logs ({', '.join(_COLUMNS)})"  # noqa: S608  # only column names
     f" VALUES ({', '.join(f'${n}' for n, _ in enumerate(_COLUMNS, start=1))})"
@@ -375,13 +377,15 @@ INSERT = (
 
 def insert_values(event: AuditLog) -> tuple[Any, ...]:
     """Return the parameters of the `INSERT` statement for an audit event."""
-    values = {name: event.__dict__.get(name) for name in _COLUMNS}
-    for name in _JSON_COLUMNS:
-        value = values[name]
+    values = [*map(event.__dict__.get, _COLUMNS)]
+    for index, name in _JSON_COLUMNS:
+        value: Any = values[index]
+        if value is None:
+            continue
         if isinstance(value, Tracked) and value.modified:
             value = event.validate_changes({name: value})[name]
-        values[name] = value if value is None else json.dumps(value)
-    return tuple(values.values())
+        values[index] = json.dumps(value)
+    return tuple(values)
 
 
 async def insert_events(

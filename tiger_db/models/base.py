@@ -114,6 +114,23 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
         for name, value in related.items():
             self._relate(name, value)
 
+    @classmethod
+    @forgets_locals
+    def untracked(cls, values: Mapping[str, object]) -> Self:
+        """Create an entity for an INSERT that bypasses the ORM.
+
+        The values are validated as in `__init__`. They bypass SQLAlchemy's change tracking, which
+        takes as long as the validation.
+        """
+        entity = class_mapper(cls).class_manager.new_instance()
+        state = instance_state(entity)
+        try:
+            cls.__pydantic_validator__.validate_python(values, self_instance=entity)
+        except ValidationError as error:
+            raise _invalid_fields(error) from None
+        entity.__dict__["_sa_instance_state"] = state  # pydantic has replaced the dict
+        return entity
+
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  # SQLModel's signature
         try:
             if name == "_sa_instance_state":  # for each loaded row

@@ -56,17 +56,18 @@ def _require_storable_text(value: str) -> str:
 def require_storable_json(value: T) -> T:
     """Return a JSON value unchanged. Raise ValueError if JSONB cannot store the value."""
     try:
-        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text = _storable_json(value)
         text.encode()
     except (ValueError, RecursionError):  # ValueError includes UnicodeEncodeError
         raise ValueError(
             "value must be JSON without NaN and infinity, as PostgreSQL requires"
         ) from None
-    if _ESCAPED_NUL.search(text):
+    if "\\u0000" in text and _ESCAPED_NUL.search(text):
         raise ValueError("text in JSON must not contain a NUL character")
     return value
 
 
+_storable_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from sqlalchemy import text
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import InvalidRequestError
 
 from tests.support import factories
-from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, Settings
+from tiger_db import Actor, AuditAction, AuditLog, AuditResult, AuditSeverity, Database, Settings
 from tiger_db.crud import audit_logs
+from tiger_db.crud.audit_logs.recording import build_event
 from tiger_db.database import AsyncSession
-from tiger_db.errors import AlreadyExists, InvalidValue
+from tiger_db.errors import AlreadyExists, InvalidValue, StatementRefused
 
 LOGIN = AuditAction.DASHBOARD_LOGIN
 NONSENSE: Any = "nonsense"
@@ -165,6 +167,42 @@ async def test_a_rolled_back_transaction_leaves_no_events(clone: Database) -> No
             _ = 1 / 0
     async with clone.session() as session:
         assert await factories.events(session) == []
+
+
+async def test_a_logged_event_is_a_stored_object_of_the_session(clone: Database) -> None:
+    actor = Actor(user_id="alice", ip_address="192.0.2.1")
+    async with clone.session(actor=actor) as session:
+        event = await audit_logs.log_event(session, action=LOGIN, details={"a": [1]})
+        assert inspect(event).persistent
+        assert await session.get(AuditLog, event.id) is event
+        await session.refresh(event)
+        assert (event.user_id, event.ip_address) == ("alice", IPv4Address("192.0.2.1"))
+        assert not session.dirty
+        with pytest.raises(InvalidRequestError, match="lazy='raise'"):
+            _ = event.tiger_account
+        savepoint = await session.begin_nested()
+        lost = await audit_logs.log_event(session, action=LOGIN)
+        await savepoint.rollback()
+        assert inspect(lost).transient
+        assert inspect(event).persistent
+    async with clone.session() as session:
+        assert [stored.id for stored in await factories.events(session)] == [event.id]
+
+
+async def test_a_changed_detail_of_a_logged_event_is_refused(clone: Database) -> None:
+    with pytest.raises(StatementRefused, match="append-only"):
+        async with clone.session() as session:
+            event = await audit_logs.log_event(session, action=LOGIN, details={"a": [1]})
+            assert event.details is not None
+            event.details["a"].append(2)
+
+
+async def test_the_builder_of_events_and_the_class_give_the_same_event() -> None:
+    given: dict[str, Any] = {"action": LOGIN, "details": {"password": "x"}, "user_id": "u" * 200}
+    built, made = build_event(**given), AuditLog(**given)
+    assert built.model_dump(exclude={"id"}) == made.model_dump(exclude={"id"})
+    assert built.model_fields_set == made.model_fields_set
+    assert built == built.model_copy()
 
 
 @pytest.mark.parametrize("pool", [1, 5])

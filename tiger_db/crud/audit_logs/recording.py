@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row
 from sqlalchemy.event import listens_for
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper, make_transient_to_detached, object_session
-from sqlalchemy.orm.attributes import instance_state, set_committed_value
+from sqlalchemy.orm.attributes import instance_state
 from uuid_utils.compat import uuid7
 
 from tiger_db.actor import attribute
@@ -271,16 +271,18 @@ async def insert_event(session: AsyncSession, event: AuditLog) -> AuditLog:
     """Set the actor of an audit event, insert its row, and attach the object to the session."""
     attribute(event, actor_of(session.info))
     (values,) = await execute_driver_sql(session, _INSERT, *insert_values(event))
-    for name, value in zip(SERVER_COLUMNS, values, strict=True):
-        set_committed_value(event, name, value)
-    make_transient_to_detached(event)
-    session.add(event)
-    transaction = (
-        session.sync_session.get_nested_transaction() or session.sync_session.get_transaction()
-    )
+    event.__dict__.update(zip(SERVER_COLUMNS, values, strict=True))
+    state = instance_state(event)
+    if state.modified:
+        make_transient_to_detached(event)
+    else:  # the same for an object without changes and expired columns, in a tenth of the time
+        state.key = (AuditLog, (event.id,), None)
+    sync_session = session.sync_session
+    sync_session.add(event)
+    transaction = sync_session.get_nested_transaction() or sync_session.get_transaction()
     assert transaction is not None
     # The event is marked as flushed, so that a rollback makes the event transient, not expired.
-    transaction._new[instance_state(event)] = True  # noqa: SLF001
+    transaction._new[state] = True  # noqa: SLF001
     return event
 
 
@@ -297,8 +299,7 @@ def _attribute_flushed(_mapper: Mapper[AuditLog], _connection: Connection, event
 
 def build_event(**fields: Unpack[EventFields]) -> AuditLog:
     """Build an audit event. A field whose given value is None gets the field's default value."""
-    given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-    return AuditLog(**given)
+    return AuditLog.untracked({name: value for name, value in fields.items() if value is not None})
 
 
 def account_event(account_id: UUID, **fields: Unpack[EventFields]) -> AuditLog:
