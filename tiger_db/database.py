@@ -295,6 +295,8 @@ class Database:
             options["postgresql_readonly"] = True
 
         def session_on(engine: AsyncEngine) -> AsyncSession:
+            if engine is self.engine and not options and actor is None:
+                return self.sessions()
             bind = engine.execution_options(**options) if options else engine
             context = self.info[CONTEXT]
             if readonly or actor:

@@ -4,6 +4,7 @@ import asyncio
 import os
 from contextlib import suppress
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import asyncpg
 from sqlalchemy.engine import AdaptedConnection
@@ -94,14 +95,14 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no ty
 
     def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401  # asyncpg's
         super().__init__(*args, **options)
-        self._process = os.getpid()
+        _connections.add(self)
 
-    def is_closed(self) -> bool:
-        return self._process != os.getpid() or bool(super().is_closed())
-
-    def terminate(self) -> None:
-        if self._process == os.getpid():
-            super().terminate()
+    def disown(self) -> None:
+        """Let this process see the connection as closed, and leave its socket open."""
+        # Overridden methods would need the process id in each call, and asyncpg calls `is_closed`
+        # several times for each statement.
+        self.is_closed = lambda: True
+        self.terminate = lambda: None
 
     async def repeat_cancel_request(self) -> None:
         """Ask the server again and again to cancel the statement of this connection.
@@ -113,6 +114,18 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no ty
             request = asyncio.get_running_loop().create_future()
             request.add_done_callback(_ignore_error)
             self._cancel_current_command(request)
+
+
+_connections: WeakSet[Connection] = WeakSet()
+
+
+def _disown_connections() -> None:
+    for connection in [*_connections]:
+        connection.disown()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_disown_connections)
 
 
 def _ignore_error(request: asyncio.Future[None]) -> None:
