@@ -38,7 +38,7 @@ LAYERS = [
     ["files", "setting_values", "signing", "sqlstates"],
     ["blocking", "encryption"],
     ["database_urls", "decoding", "errors", "redaction"],
-    ["tracebacks", "url_parameters"],
+    ["driver_sql", "tracebacks", "url_parameters"],
 ]
 # These entities refer to each other in the types of their relationships.
 ENTITIES = {f"tiger_db.models.{name}" for name in ("accounts", "api_keys", "token_status")}

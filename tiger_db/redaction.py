@@ -205,7 +205,7 @@ def is_secret_name(name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def is_plain_name(name: str) -> bool:
-    """Return whether a name of at most 100 characters is ASCII and neither is nor names a secret."""
+    """Return whether a name of at most 100 characters is ASCII, no secret, and names no secret."""
     return (
         name.isascii()
         and "\0" not in name

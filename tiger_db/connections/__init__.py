@@ -15,11 +15,12 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
+from tiger_db import driver_sql
 from tiger_db.connections import tls
 from tiger_db.connections.error_advice import reason
 from tiger_db.connections.passfile import find_password
 from tiger_db.connections.pool import OwnedPool, end_cancelled_session
-from tiger_db.connections.sql_logging import LoggingConnection, log_slow_queries_of_engine
+from tiger_db.connections.sql_logging import LoggingConnection, slow_query_log
 from tiger_db.database_urls import Address
 from tiger_db.decoding import decode_json, decode_time, encode_time
 from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTimeout
@@ -266,6 +267,7 @@ def create_engine(
         ConfigurationError: a file that a `DB_SSL_*` variable names cannot be read.
     """
     tls.check_files(settings)
+    report = slow_query_log(settings.db_slow_query_seconds)
     engine = create_async_engine(
         "postgresql+asyncpg://",
         connect_args={
@@ -275,7 +277,10 @@ def create_engine(
             **({"prepared_statement_cache_size": 0} if settings.uses_pooler else {}),
         },
         json_deserializer=decode_json,
-        execution_options={SCHEMA_OPTION: settings.db_schema},
+        execution_options={
+            SCHEMA_OPTION: settings.db_schema,
+            driver_sql.REPORT: report,
+        },
         echo=settings.db_debug,
         hide_parameters=True,
         **{"poolclass": OwnedPool, **pool_options},
@@ -319,8 +324,7 @@ def create_engine(
     event.listen(engine.sync_engine, "handle_error", _hide_values)
     event.listen(engine.sync_engine, "checkout", _check_open)
     event.listen(engine.sync_engine, "invalidate", end_cancelled_session)
-    if settings.db_slow_query_seconds:
-        log_slow_queries_of_engine(engine.sync_engine, settings.db_slow_query_seconds)
+    driver_sql.observe(engine.sync_engine, report)
     return engine
 
 

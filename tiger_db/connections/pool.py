@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -101,8 +102,8 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no ty
         """Let this process see the connection as closed, and leave its socket open."""
         # Overridden methods would need the process id in each call, and asyncpg calls `is_closed`
         # several times for each statement.
-        self.is_closed = lambda: True
-        self.terminate = lambda: None
+        self.is_closed: Callable[[], bool] = lambda: True
+        self.terminate: Callable[[], None] = lambda: None
 
     async def repeat_cancel_request(self) -> None:
         """Ask the server again and again to cancel the statement of this connection.

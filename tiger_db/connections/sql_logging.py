@@ -4,38 +4,19 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from functools import wraps
-from typing import Any, Literal
-
-from sqlalchemy import Engine, event
-from sqlalchemy.engine import ExecutionContext
-from sqlalchemy.engine.interfaces import DBAPICursor
+from functools import partial, wraps
 
 from tiger_db.connections.pool import Connection
+from tiger_db.driver_sql import Report
 from tiger_db.redaction import redact_known
 
 _MAX_LOGGED_CHARACTERS = 500  # maximum length of a query in the log
 _logger = logging.getLogger("tiger_db")
 
 
-def log_slow_queries_of_engine(engine: Engine, threshold_seconds: float) -> None:
-    """Log each query of SQLAlchemy that takes at least `threshold_seconds`."""
-
-    # The event is `do_execute`, because a listener for `before_cursor_execute` would slow down each
-    # query of SQLAlchemy.
-    @event.listens_for(engine, "do_execute")
-    def _execute(
-        cursor: DBAPICursor,
-        query: str,
-        parameters: Any,  # noqa: ANN401  # the driver's type
-        context: ExecutionContext,
-    ) -> Literal[True]:
-        started = time.perf_counter()
-        try:
-            context.dialect.do_execute(cursor, query, parameters, context)
-        finally:
-            _log_if_slow(query, time.perf_counter() - started, threshold_seconds)
-        return True
+def slow_query_log(threshold_seconds: float) -> Report:
+    """Return a function that logs a query that took at least `threshold_seconds`, if not zero."""
+    return partial(_log_if_slow, threshold_seconds=threshold_seconds or math.inf)
 
 
 class LoggingConnection(Connection):

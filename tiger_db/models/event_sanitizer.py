@@ -30,7 +30,13 @@ import pydantic
 from pydantic import BaseModel, SecretBytes, SecretStr
 
 from tiger_db.models.api_keys import parse_address
-from tiger_db.redaction import MASK, is_plain_name, is_secret_name, redact_aggressively, redact_known
+from tiger_db.redaction import (
+    MASK,
+    is_plain_name,
+    is_secret_name,
+    redact_aggressively,
+    redact_known,
+)
 
 NOTES = "_made_safe"  # name of the field of `details` that lists converted values
 _ELLIPSIS = "…"

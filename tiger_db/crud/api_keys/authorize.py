@@ -42,7 +42,7 @@ from tiger_db.crud.audit_logs.recording import api_key_event, insert_event
 from tiger_db.crud.common import (
     actor_of,
     context_of,
-    execute_driver_sql,
+    fetch_rows,
     refuse_readonly,
 )
 from tiger_db.errors import AccessDenied, InvalidAPIKey
@@ -288,7 +288,7 @@ async def _authorize(
             async with AsyncExitStack() as stack:
                 connection = None
                 if session is not None:
-                    found = await execute_driver_sql(session, FIND_KEY, parsed.prefix)
+                    found = await fetch_rows(session, FIND_KEY, parsed.prefix)
                 else:
                     connection = await stack.enter_async_context(writer.connection())
                     found = await connection.fetch(FIND_KEY, parsed.prefix)

@@ -22,7 +22,7 @@ from tiger_db.crud.common import (
     actor_of,
     context_of,
     error_text,
-    execute_driver_sql,
+    fetch_rows,
     refuse_readonly,
 )
 from tiger_db.errors import DatabaseUnavailable, InvalidValue, OutcomeUnknown, TigerDBError
@@ -270,7 +270,7 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
 async def insert_event(session: AsyncSession, event: AuditLog) -> AuditLog:
     """Set the actor of an audit event, insert its row, and attach the object to the session."""
     attribute(event, actor_of(session.info))
-    (values,) = await execute_driver_sql(session, _INSERT, *insert_values(event))
+    (values,) = await fetch_rows(session, _INSERT, *insert_values(event))
     event.__dict__.update(zip(SERVER_COLUMNS, values, strict=True))
     state = instance_state(event)
     if state.modified:
