@@ -2,7 +2,6 @@
 
 import base64
 import os
-from dataclasses import replace
 from typing import Any
 
 import asyncpg
@@ -60,7 +59,7 @@ async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> lis
     assert database.settings.encryption_keys is not None
     stored_under = database.settings.encryption_keys.get_secret_value()
     ring = KeyRing.parse(f"{generate_key('new')},{stored_under}")
-    database.info[CONTEXT] = replace(database.info[CONTEXT], key_provider=ring)
+    database.info[CONTEXT] = database.info[CONTEXT]._replace(key_provider=ring)
 
     async def rotated() -> None:
         assert (await encryption_key_rotation.rotate(database)).rotated == ACCOUNTS

@@ -5,7 +5,6 @@ import os
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal, Self, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -236,10 +235,11 @@ class Database:
         from tiger_db.migrations import schema_state  # noqa: PLC0415  # slow import
 
         if self.settings.embedded:
-            provider, peppers = self.info[CONTEXT].key_provider, self.info[CONTEXT].peppers
+            context = self.info[CONTEXT]
+            provider, peppers = context.key_provider, context.peppers
             provider = provider or await asyncio.to_thread(in_force, self.settings, ENCRYPTION_KEYS)
             peppers = peppers or await asyncio.to_thread(in_force, self.settings, API_KEY_PEPPERS)
-            self.info[CONTEXT] = replace(self.info[CONTEXT], key_provider=provider, peppers=peppers)
+            self.info[CONTEXT] = context._replace(key_provider=provider, peppers=peppers)
         async with self.engine.connect() as connection:
             (await schema_state(connection)).check()
             if await connection.scalar(_READS_SECRETS) is False:
@@ -300,7 +300,7 @@ class Database:
             bind = engine.execution_options(**options) if options else engine
             context = self.info[CONTEXT]
             if readonly or actor:
-                context = replace(context, readonly=readonly, actor=actor)
+                context = context._replace(readonly=readonly, actor=actor)
             return self.sessions(bind=bind, info={CONTEXT: context})
 
         try:

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
-import anyio
 from sqlalchemy.exc import DBAPIError
 
 from tiger_db.actor import Actor, acting_as
@@ -124,6 +123,8 @@ class RefreshWorker:
             ConfigurationError: the setting `DB_POOLER` needs `DB_DIRECT_HOST`, and `once` is false.
             InvalidState: the Database belongs to another process or to another event loop.
         """
+        import anyio  # noqa: PLC0415  # slow import
+
         self.database.claim()
         if not once:
             self.database.settings.without_pooler()

@@ -1,7 +1,6 @@
 """Other session contexts than a Database hands over."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from tiger_db.crud.common import SessionContext, context_of
@@ -11,7 +10,7 @@ from tiger_db.models.secrets import CONTEXT
 
 def changed_context(info: Mapping[Any, object], **changes: Any) -> dict[str, SessionContext]:
     """Return the `info` of a session or a Database with changes to its context."""
-    return {CONTEXT: replace(context_of(info), **changes)}
+    return {CONTEXT: context_of(info)._replace(**changes)}
 
 
 def change_context(session: AsyncSession, **changes: Any) -> None:

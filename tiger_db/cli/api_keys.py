@@ -1,6 +1,6 @@
 """Commands that list, show and verify API keys."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from math import ceil
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -192,7 +192,7 @@ def _write_in_transaction(session: "AsyncSession") -> None:
     """
     from tiger_db.crud.common import context_of  # noqa: PLC0415  # slow import, not needed by `--help`
 
-    context = replace(context_of(session.info), out_of_band=None, count_use=None)
+    context = context_of(session.info)._replace(out_of_band=None, count_use=None)
     session.info[tiger_db.models.secrets.CONTEXT] = context
 
 

@@ -2,9 +2,8 @@
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from uuid import UUID
 
 from sqlalchemy import Row, select
@@ -130,8 +129,7 @@ def load_options(entity: type[Entity], names: Sequence[str]) -> list[ExecutableO
     return [selectinload(getattr(entity, name)) for name in names]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionContext:
+class SessionContext(NamedTuple):
     """Helpers and settings of a Database, stored in the `info` of each session of the Database.
 
     `key_environment` is the environment of new API keys. Hashes without a pepper are accepted until

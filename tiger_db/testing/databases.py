@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias, cast
 from uuid import uuid4
 
@@ -113,7 +113,7 @@ async def rolled_back_session(database: Database) -> AsyncIterator[AsyncSession]
     """
     async with database.engine.connect() as connection:
         transaction = await connection.begin()
-        context = replace(context_of(database.info), out_of_band=None, count_use=None)
+        context = context_of(database.info)._replace(out_of_band=None, count_use=None)
         async with database.sessions(
             bind=connection, join_transaction_mode="create_savepoint", info={CONTEXT: context}
         ) as session:
