@@ -17,7 +17,15 @@ from tiger_db import Settings, embedded
 STARTS = 31  # processes of each program
 NAMES = "import all public names, compared with the libraries"
 LIST = "tiger-db list-accounts, compared with SQLModel and asyncpg"
-_LIBRARIES = "import sqlmodel, sqlalchemy.ext.asyncio, asyncpg"
+# The libraries without which no public name can be imported: SQLModel and the types and the dialect
+# of PostgreSQL (entities), pydantic-settings (`Settings`), cryptography (`Secret`), and uuid-utils
+# (ids). Libraries that tiger_db imports at their first use, such as Alembic and passlib, are left
+# out.
+_LIBRARIES = """
+import asyncpg, pydantic_settings, sqlalchemy.dialects.postgresql.asyncpg
+import sqlmodel.ext.asyncio.session, uuid_utils.compat
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+"""
 _EMPTY = """
 import typer
 app = typer.Typer()
