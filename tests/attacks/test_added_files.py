@@ -89,3 +89,24 @@ async def test_a_file_with_other_types_does_not_end_the_verification(
         rewrite(added, change)
         (finding,) = (await audit.verify(database, archive=True)).findings
         assert "of the file has another type" in finding.message
+
+
+async def test_links_that_lead_nowhere_are_named(
+    database: Database, before: list[str], folder: Path
+) -> None:
+    """Engines that follow links fail at a link to itself."""
+    path = events(folder, 14)
+    path.unlink()
+    links = [folder / "loop", folder / "month=2020-01", path.parent / "gone.parquet", path]
+    for link in links:
+        link.symlink_to(link)
+    links[2].unlink()
+    links[2].symlink_to("missing")
+    found = await audit.verify(database, archive=True)
+    assert sorted(one.message for one in found.findings) == sorted(
+        [
+            f"{path.relative_to(folder)}: the file is missing",
+            *(f"{link.relative_to(folder)}: the link leads to no file" for link in links),
+        ]
+    )
+    assert found.archived == 3

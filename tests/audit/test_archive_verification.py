@@ -12,15 +12,16 @@ from tests.support.archives import (
     events,
     files_in,
     folder,
+    full_disk,
     other,
     replace_column,
     rewrite,
 )
 from tests.support.independent_verifier import run
-from tests.support.months import month
+from tests.support.months import month, put
 from tests.support.trail import events_of, exported
 from tiger_db import Database, audit
-from tiger_db.audit import FindingKind, archive_reading
+from tiger_db.audit import FindingKind, archive_reading, archive_unretired
 from tiger_db.audit.storage import Connection
 from tiger_db.errors import FileError, InvalidState
 from tiger_db.signing import public_text
@@ -160,6 +161,31 @@ async def test_each_change_of_the_archive_is_found_and_named(
         shutil.rmtree(folder)
         shutil.copytree(intact, folder)
     assert (await audit.verify(database, archive=True)).archived == 6
+
+
+@pytest.mark.slow
+async def test_the_progress_counts_each_event_of_the_archive(
+    database: Database, before: list[str], other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(other, 2)
+    await other.fetchval("SELECT make_audit_months(0)")
+    await audit.seal(database)
+    await audit.archive(database, month(2))
+    monkeypatch.setattr(archive_unretired, "_EVENTS_PER_REPORT", 1)
+    told: list[tuple[int, int | None]] = []
+    await audit.verify(database, archive=True, progress=lambda *each: told.append(each))
+    assert told[-10:] == [*((done, 9) for done in range(1, 10)), (9, 9)]
+
+
+@pytest.mark.slow
+async def test_a_full_folder_of_temporary_files_accuses_nobody(
+    database: Database, before: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with full_disk(), pytest.raises(FileError, match=r"^a temporary file .* too large: make"):
+        await audit.verify(database, archive=True)
+    monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
+    with pytest.raises(FileError, match=r"^a temporary file .*: No such file .* set TMPDIR"):
+        await exported(database, archive=True)
 
 
 @pytest.mark.slow

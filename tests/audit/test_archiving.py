@@ -2,12 +2,10 @@
 
 import json
 import os
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from random import Random
 from uuid import UUID
@@ -21,6 +19,7 @@ from tests.support.archives import (
     database,
     files_in,
     folder,
+    full_disk,
     other,
     put_old_months,
     retire_two_months,
@@ -55,7 +54,8 @@ async def test_a_month_is_archived_before_it_is_retired(
     await put_old_months(database, other)
     done = await audit.maintain(database, progress=lambda *each: told.append(each))
     assert done.retired == [month(14), month(13)]
-    assert told[-1] == (6, 6)
+    # Each event is written, read back, and compared with the seals again before it leaves.
+    assert told == [(at, 9) for at in (3, 6, 9)] * 2
     assert files_in(folder) == names(month(14), 1, 3) + names(month(13), 4, 6)
     assert not {partition(14), partition(13)} & await partitions(other)
     ((_, seal),) = await fetch_seals(other, 1, 1)
@@ -266,16 +266,6 @@ async def test_an_event_of_a_month_that_left_leaves_again(
 # Failures
 
 
-@contextmanager
-def full_disk() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.slow
 async def test_on_a_full_disk_no_month_leaves(
     database: Database, other: Connection, folder: Path
@@ -339,12 +329,12 @@ async def test_an_event_written_after_the_archive_keeps_its_month(
     monkeypatch.setattr(archiving._MonthWriter, "finish", finish_late)
     retire = sys.modules["tiger_db.audit.retention"]._retire
 
-    async def retire_late(*arguments: object, **keywords: object) -> None:
+    async def retire_late(*arguments: object, **keywords: object) -> object:
         if len(late) == 1:
             await put(other, 14, 1, minute=1)
             await audit.seal(database)
             late.append(None)
-        await retire(*arguments, **keywords)
+        return await retire(*arguments, **keywords)
 
     monkeypatch.setattr("tiger_db.audit.retention._retire", retire_late)
     done = await audit.maintain(database)
@@ -361,12 +351,80 @@ async def test_an_event_written_after_the_archive_keeps_its_month(
 @pytest.mark.slow
 async def test_one_session_at_a_time_archives(database: Database, other: Connection) -> None:
     await put_old_months(database, other)
-    async with other.transaction():
-        assert await other.fetchval(archiving._TAKE_ARCHIVE_LOCK)
+    async with archiving.archive_lock(other):
         with pytest.raises(errors.DatabaseUnavailable, match="another session is writing"):
             await audit.archive(database, month(14))
         assert await audit.maintain(database) == audit.Maintenance(made=0)
     assert (await audit.maintain(database)).retired == [month(14), month(13)]
+
+
+@pytest.mark.slow
+async def test_no_session_replaces_files_before_their_retirement(
+    database: Database, other: Connection, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The retirement signs the files, which a second session would write with other seals."""
+    await put_old_months(database, other)
+    retire = sys.modules["tiger_db.audit.retention"]._retire
+    refused, minutes = list[str](), count()
+
+    async def retire_late(*arguments: object, **keywords: object) -> object:
+        await put(other, 0, 1, minute=next(minutes))
+        await audit.seal(database)
+        try:
+            await audit.archive(database, month(14))
+        except errors.DatabaseUnavailable as error:
+            refused.append(str(error))
+        return await retire(*arguments, **keywords)
+
+    monkeypatch.setattr("tiger_db.audit.retention._retire", retire_late)
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+    assert (await audit.verify(database, archive=True)).findings == []
+    assert refused == ["another session is writing to the archive: try again later"] * 2
+    assert len(files_in(folder)) == 4
+
+
+@pytest.mark.slow
+async def test_a_machine_without_the_setting_removes_no_month(
+    database: Database, other: Connection
+) -> None:
+    await retire_two_months(database, other)
+    await put(other, 15)
+    await other.fetchval("SELECT make_audit_months(0)")
+    await audit.seal(database)
+    forgotten = database.settings.model_copy(update={"audit_archive": None})
+    async with Database(forgotten) as without:
+        assert (await audit.maintain(without)).kept == {
+            month(15): "earlier months are in an archive: set AUDIT_ARCHIVE"
+        }
+        found = await audit.verify(without)
+        assert (found.findings, found.retired) == ([], 6)
+        assert found.basis[-1] == "archive: 6 events not verified, see --archive"
+    assert (await audit.maintain(database)).retired == [month(15)]
+    assert (await audit.verify(database, archive=True)).archived == 9
+
+
+@pytest.mark.slow
+async def test_files_of_somebody_else_are_left_alone(
+    database: Database, other: Connection, folder: Path
+) -> None:
+    import pyarrow as pa  # noqa: PLC0415  # an extra
+    from pyarrow import parquet  # noqa: PLC0415
+
+    await put_old_months(database, other)
+    part = folder / f"month={month(14)}" / "part-0.parquet"
+    part.parent.mkdir()
+    parquet.write_table(pa.table({"a": [1]}), part)
+    same = folder / names(month(14), 1, 3)[1]
+    parquet.write_table(pa.table({"a": [1]}), same)
+    before = files_in(folder)
+    with pytest.raises(errors.InvalidState, match=r"000003\.parquet is no file of tiger_db: move"):
+        await audit.maintain(database)
+    assert files_in(folder) == before
+    same.unlink()
+    assert (await audit.maintain(database)).retired == [month(14), month(13)]
+    (finding,) = (await audit.verify(database, archive=True)).findings
+    name = part.relative_to(folder)
+    assert finding.message == f"{name}: the name is not that of an archived file"
 
 
 @pytest.mark.slow

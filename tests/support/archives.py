@@ -1,6 +1,8 @@
 """Archives of old months in a folder, as fixtures, and changes of their files."""
 
-from collections.abc import AsyncIterator, Callable
+import resource
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,17 @@ async def before(database: Database, other: Connection) -> list[str]:
     assert (await audit.maintain(database)).retired == [month(14), month(13)]
     await audit.seal(database)
     return lines
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Refuse to write more than 10 bytes to a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def events(folder: Path, ago: int) -> Path:

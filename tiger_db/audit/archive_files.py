@@ -4,6 +4,7 @@ pyarrow is an optional dependency, which is imported only when an archive is ope
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -73,6 +74,18 @@ def archive_errors(name: str) -> Iterator[None]:
         raise FileError(f"the archive: {name}: {problem}") from None
 
 
+@contextlib.contextmanager
+def _temporary_errors() -> Iterator[None]:
+    """Convert the errors of the file system about a temporary file to FileError."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(
+            f"a temporary file cannot be written: {error.strerror}: make room for a copy of a file"
+            " of the archive, or set TMPDIR to another folder"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Archive:
     """The files of an archive. A name is a path relative to the archive, with slashes.
@@ -88,7 +101,7 @@ class Archive:
     def names(self, month: str | None = None) -> list[str]:
         """Return the names of all files of the archive or of a month, in ascending order.
 
-        The files in `unread_folders` are left out.
+        The entries in `unread_entries` are left out.
         """
         base = "" if month is None else f"month={month}"
         with archive_errors(self.location):
@@ -110,14 +123,14 @@ class Archive:
         if name in self.names():
             raise error
 
-    def unread_folders(self) -> list[str]:
-        """Return the names of the folders whose files `names` leaves out.
+    def unread_entries(self) -> dict[str, str]:
+        """Return what is wrong with each entry of a folder that `names` leaves out, by its name.
 
-        These are the folders in the folders of months, and links to folders: a link can lead to the
-        archive itself. An object store has none.
+        These are the folders in the folders of months, links to folders, because a link can lead to
+        the archive itself, and links that lead nowhere. An object store has none.
         """
         with archive_errors(self.location):
-            return _list_folder(self.folder, "")[1] if self.folder is not None else []
+            return _list_folder(self.folder, "")[1] if self.folder is not None else {}
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
@@ -134,13 +147,18 @@ class Archive:
     def read(self, name: str) -> Iterator[tuple[IO[bytes], str]]:
         """Copy a file to a temporary file. Yield the temporary file, and the SHA-256 digest."""
         digest = hashlib.sha256()
-        with tempfile.TemporaryFile() as copy:
+        with contextlib.ExitStack() as stack:
+            with _temporary_errors():
+                copy = stack.enter_context(tempfile.TemporaryFile(buffering=0))
             path = self._path(name)
             with archive_errors(name), self.filesystem.open_input_stream(path) as stream:
                 while chunk := stream.read(_CHUNK_BYTES):
                     digest.update(chunk)
-                    copy.write(chunk)
-                copy.seek(0)
+                    rest = memoryview(chunk)
+                    with _temporary_errors():
+                        while rest:  # a write can be partial, because the file has no buffer
+                            rest = rest[copy.write(rest) :]
+            copy.seek(0)
             yield copy, digest.hexdigest()
 
     def is_parquet(self, name: str) -> bool:
@@ -168,12 +186,12 @@ class Archive:
         return f"{self.root}/{name}"
 
 
-def _list_folder(root: Path, base: str) -> tuple[list[str], list[str]]:
-    """Return the names of the files in a folder of an archive, and of the unread folders.
+def _list_folder(root: Path, base: str) -> tuple[list[str], dict[str, str]]:
+    """Return the names of the files in a folder of an archive, and the unread entries.
 
     The folder of a month can be a link to another disk.
     """
-    names, unread, waiting = list[str](), list[str](), [base]
+    names, unread, waiting = list[str](), dict[str, str](), [base]
     while waiting:
         parent = waiting.pop()
         with os.scandir(root / parent) as entries:
@@ -181,15 +199,29 @@ def _list_folder(root: Path, base: str) -> tuple[list[str], list[str]]:
                 name = os.fsencode(entry.name).decode()
                 path = f"{parent}/{name}" if parent else name
                 is_month = not parent and name.startswith("month=")
-                if entry.is_file():
+                if _is_broken_link(entry):
+                    unread[path] = "the link leads to no file"
+                elif entry.is_file():
                     names.append(path)
                 elif not entry.is_dir():
                     continue
                 elif parent.startswith("month=") or (entry.is_symlink() and not is_month):
-                    unread.append(path)
+                    unread[path] = "the folder does not belong to the archive"
                 else:
                     waiting.append(path)
-    return sorted(names), sorted(unread)
+    return sorted(names), dict(sorted(unread.items()))
+
+
+def _is_broken_link(entry: "os.DirEntry[str]") -> bool:
+    """Return whether an entry is a link that leads to nothing, or to itself."""
+    if entry.is_symlink():
+        try:
+            entry.stat()
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                return True
+            raise
+    return False
 
 
 def open_archive(location: str) -> Archive:
@@ -238,6 +270,11 @@ def extent_in(name: str) -> tuple[int, int] | None:
     """Return the first and last position in the name of an archived file, or None."""
     found = _EXTENT.fullmatch(name.rpartition("/")[2])
     return (int(found[1]), int(found[2])) if found else None
+
+
+def is_archived_name(name: str) -> bool:
+    """Return whether a name is one that `archive` gives to a file."""
+    return parse_name(name) is not None and extent_in(name) is not None
 
 
 def is_of_seals(name: str) -> bool:

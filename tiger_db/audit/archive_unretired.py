@@ -23,7 +23,9 @@ from tiger_db.audit.months import bounds_of, fetch_ranges, first_id, sealed_root
 from tiger_db.audit.seal_format import MerkleTree, SealPayload, digest_of, subtract_ranges
 from tiger_db.audit.storage import Connection
 from tiger_db.errors import FileError, InvalidValue
+from tiger_db.public import Progress, no_progress
 
+_EVENTS_PER_REPORT = 10_000  # events between two calls of `progress`
 Range: TypeAlias = tuple[int, int]  # First and last position.
 # The last position that was sealed when a month was archived: at least that of the seal of the last
 # archived event, whose position is $1, and those of the seals from before the end of the month, $2.
@@ -45,6 +47,15 @@ class ArchiveReport:
     findings: list[tuple[int, AuditFinding]] = field(default_factory=list)  # with sort keys
     warnings: list[AuditFinding] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)  # Names of files that may be deleted.
+    progress: Progress = no_progress
+    read: int = 0  # Number of events that were read so far.
+    total: int = 0  # Number of events in the archive, according to seals and to names of files.
+
+    def count_read(self) -> None:
+        """Count an event that was read."""
+        self.read += 1
+        if self.read % _EVENTS_PER_REPORT == 0:
+            self.progress(self.read, self.total)
 
     def find(self, name: str, problem: str, payload: SealPayload | None = None) -> None:
         """Add a finding about a file, which a retirement with the payload has signed."""
@@ -168,6 +179,7 @@ class UnretiredMonth:
                 if row != _columns_of((position, content)):
                     return f"the columns of the event at position {position} differ from `content`"
                 tree.add(position, digest_of(content))
+                self._report.count_read()
         return None if tree.count else "the file has no events"
 
     def _is_incomplete(self) -> bool:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from tiger_db.audit import storage
 from tiger_db.audit.archive_files import (
     Archive,
+    extent_in,
     is_leftover,
     is_of_seals,
     origin_of,
@@ -40,12 +41,14 @@ async def verify_archive(
 ) -> ArchiveReport:
     """Verify the files of the archive, in a snapshot whose seals `chain` has verified.
 
-    `payloads` are those of the retirements.
+    `payloads` are those of the retirements. `progress` is called with the number of events that
+    were read from the archive, and with the number of events in it, as far as seals and names of
+    files tell.
     """
-    report = ArchiveReport()
+    report = ArchiveReport(progress=progress)
     verifier = _ArchiveVerifier(archive, payloads, chain, report)
     await asyncio.to_thread(verifier.list_files)
-    total = sum(payload.event_count for payload in payloads if payload.archive)
+    report.total = verifier.count_events(payloads)
     for payload in payloads:
         if payload.archive is None:
             continue
@@ -53,7 +56,6 @@ async def verify_archive(
         if root is not None and await sealed_root(connection, payload.positions) != payload.root:
             report.find(payload.archive[0][0], "the events differ from the seals", payload)
         report.events += payload.event_count if root is not None else 0
-        progress(report.events, total)
     if verifier.unsigned:
         # Events can have been sealed and archived since the first snapshot. No month was retired,
         # because the first snapshot holds a lock on `audit_logs`.
@@ -63,6 +65,7 @@ async def verify_archive(
             for month, names in verifier.unsigned.items():
                 unretired = UnretiredMonth(archive, chain, report, month=month, names=names)
                 await unretired.verify(connection, newer, payloads)
+    progress(report.total, report.total)
     return report
 
 
@@ -129,9 +132,20 @@ class _ArchiveVerifier:
                 self.unsigned.setdefault(parsed[0], []).append(name)
             elif _is_in_month(name) or self._archive.is_parquet(name):
                 self._report.find(name, "the file does not belong to the archive")
-        for name in self._archive.unread_folders():
+        for name, problem in self._archive.unread_entries().items():
             if not name.rpartition("/")[2].startswith("."):
-                self._report.find(name, "the folder does not belong to the archive")
+                self._report.find(name, problem)
+
+    def count_events(self, payloads: list[SealPayload]) -> int:
+        """Return the number of events in the archive, according to seals and to names of files."""
+        signed = sum(payload.event_count for payload in payloads if payload.archive)
+        extents = [
+            extent_in(name)
+            for names in self.unsigned.values()
+            for name in names
+            if not is_of_seals(name)
+        ]
+        return signed + sum(extent[1] - extent[0] + 1 for extent in extents if extent)
 
     def verify_month(self, payload: SealPayload) -> str | None:
         """Return the Merkle root of a retired month, or None if there is a finding."""
@@ -173,6 +187,7 @@ class _ArchiveVerifier:
             count = tree.count
             for position, content in read_events(copy) if not is_of_seals(name) else ():
                 tree.add(position, digest_of(content))
+                self._report.count_read()
             if not is_of_seals(name) and tree.count - count != rows:
                 return "the number of rows differs from the signed number"
         return None

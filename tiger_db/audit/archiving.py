@@ -4,9 +4,9 @@ import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -21,10 +21,10 @@ from tiger_db.audit.archive_files import (
     Row,
     event_row,
     event_schema,
+    is_archived_name,
     is_of_seals,
     open_archive,
     origin_of,
-    parse_name,
     read_events,
     read_seals,
     seal_bytes,
@@ -59,8 +59,9 @@ ROWS_PER_FILE = 1_000_000
 _SEAL_BYTES_PER_GROUP = 8 * 2**20
 Runner: TypeAlias = Callable[..., Awaitable[Any]]  # Runs a function in another thread.
 _MONTH = re.compile(r"(?!0000)\d{4}-(0[1-9]|1[0-2])", re.ASCII)
-# One transaction at a time writes to the archive of a database.
-_TAKE_ARCHIVE_LOCK = f"SELECT pg_try_advisory_xact_lock({lock_key(0x7469676572_02)})"
+_ARCHIVE_LOCK_ID = lock_key(0x7469676572_02)
+TAKE_ARCHIVE_LOCK = f"SELECT pg_catalog.pg_try_advisory_lock({_ARCHIVE_LOCK_ID})"
+_RELEASE_ARCHIVE_LOCK = f"SELECT pg_catalog.pg_advisory_unlock({_ARCHIVE_LOCK_ID})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,8 @@ async def archive(
             raise InvalidValue(f"the month {month} has not ended")
         sealer = await Sealer.open(connection, key, folder)
         try:
-            return await archive_month(sealer, files, month, progress=progress)
+            async with archive_lock(connection):
+                return await archive_month(sealer, files, month, progress=progress)
         except ArchiveBusyError as error:
             raise DatabaseUnavailable(str(error)) from None
         except CannotRetireError as error:
@@ -129,6 +131,22 @@ async def open_configured(database: Database) -> Archive:
     return await asyncio.to_thread(open_archive, location)
 
 
+@asynccontextmanager
+async def archive_lock(connection: Connection) -> AsyncIterator[None]:
+    """Hold the lock of the archive: one session at a time archives and retires months.
+
+    Raises:
+        ArchiveBusyError: Another session holds the lock.
+    """
+    if not await connection.fetchval(TAKE_ARCHIVE_LOCK):
+        raise ArchiveBusyError("another session is writing to the archive: try again later")
+    try:
+        yield
+    finally:
+        if not connection.is_closed():
+            await connection.execute(_RELEASE_ARCHIVE_LOCK)
+
+
 async def archive_month(
     sealer: Sealer,
     archive: Archive,
@@ -139,15 +157,14 @@ async def archive_month(
 ) -> ArchivedMonth | None:
     """Write a month to the archive, with seals that belong to the verified chain. See `archive`.
 
+    The caller holds the lock of the archive.
+
     Raises:
-        ArchiveBusyError: Another session is writing to the archive.
         CannotRetireError: The events are not sealed or differ from the seals.
         InvalidState: The chain of seals is broken.
     """
     connection, chain = sealer.connection, sealer.chain
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        if not await connection.fetchval(_TAKE_ARCHIVE_LOCK):
-            raise ArchiveBusyError("another session is writing to the archive: try again later")
         await sealer.catch_up()
         found = await find_sealed_month(
             connection, month, chain.upto, written_before=written_before
@@ -266,14 +283,19 @@ class _MonthWriter:
         """Remove the leftovers of killed writers. Refuse a folder with another audit trail.
 
         Raises:
-            InvalidState: A file of the month belongs to another audit trail.
+            InvalidState: A file of the month belongs to another audit trail, or has the name of an
+                archived file and is none.
         """
         for name in self._archive.names(self._month):
             if f"/{UNFINISHED}" in name:
                 self._archive.delete(name)
-            elif parse_name(name) is not None and name not in self._signed:
+            elif is_archived_name(name) and name not in self._signed:
                 with self._archive.read(name) as (copy, _), suppress(InvalidValue):
-                    if origin_of(copy) not in ("", None, self._origin):
+                    if (origin := origin_of(copy)) is None:
+                        raise InvalidState(
+                            f"the archive: {name} is no file of tiger_db: move it to another folder"
+                        )
+                    if origin not in ("", self._origin):
                         raise InvalidState(
                             f"the archive: {name} belongs to another audit trail:"
                             " use one archive for each database"
@@ -327,7 +349,7 @@ class _MonthWriter:
             raise InvalidState(f"the archive: a retirement has signed {min(names)} already")
         present = [
             name for name in self._archive.names(self._month)
-            if parse_name(name) is not None and name not in self._signed
+            if is_archived_name(name) and name not in self._signed
         ]  # fmt: skip
         kept = {
             name for name in present

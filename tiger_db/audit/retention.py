@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -13,11 +13,12 @@ import asyncpg
 
 from tiger_db.actor import attribute
 from tiger_db.audit import storage
-from tiger_db.audit.archiving import ArchivedMonth, archive_month, open_configured
+from tiger_db.audit.archiving import ArchivedMonth, archive_lock, archive_month, open_configured
 from tiger_db.audit.months import (
     NOT_SEALED,
     ArchiveBusyError,
     CannotRetireError,
+    fetch_retirements,
     find_sealed_month,
     partition_of,
     sealed_events,
@@ -36,6 +37,7 @@ from tiger_db.public import Progress, no_progress, public
 
 T = TypeVar("T")
 _LOCK_ATTEMPTS = 5
+_EVENTS_PER_REPORT = 10_000  # events between two calls of `progress`
 _RETRY_PAUSE_SECONDS = 1.0
 # Other transactions queue behind a DDL statement that waits for a table lock. The lock timeout is
 # shorter than deadlock_timeout (1 s), so that PostgreSQL aborts no writer because of a deadlock.
@@ -71,8 +73,11 @@ async def maintain(database: Database, *, progress: Progress = no_progress) -> M
 
     If `AUDIT_ARCHIVE` is set, a month is first written to the archive. The files are read back, and
     must have exactly the events of the month. The seal of the retirement signs their names, numbers
-    of rows and SHA-256 digests. While it archives, `maintain` calls `progress` with the number of
-    events of the month that were written or read back, and with the total of both.
+    of rows and SHA-256 digests. `maintain` calls `progress` with the number of events of the month
+    that were written to the archive, read back, and compared with the seals before the removal, and
+    with the total of all three.
+
+    If an earlier month was archived, and `AUDIT_ARCHIVE` is not set, no month is retired.
 
     Several calls of `maintain` can run at the same time, on any number of machines.
 
@@ -99,9 +104,10 @@ async def maintain(database: Database, *, progress: Progress = no_progress) -> M
                 await connection.fetchval("SELECT clock_timestamp()"), datetime.now(UTC), retention
             )
             if months := await _due_months(connection, kept_from):
-                await _retire_months(
-                    database, connection, months, kept_from, done=done, progress=progress
-                )
+                with suppress(ArchiveBusyError):  # the other session retires the months
+                    await _retire_months(
+                        database, connection, months, kept_from, done=done, progress=progress
+                    )
         finally:
             if not connection.is_closed():
                 await connection.execute("RESET lock_timeout")
@@ -117,28 +123,51 @@ async def _retire_months(
     done: Maintenance,
     progress: Progress,
 ) -> None:
-    """Retire the months that can be retired, and add all of them to the result."""
-    key, folder = await required_key(database), database.settings.audit_checkpoints
-    sealer, files = await Sealer.open(connection, key, folder), None
-    if database.settings.audit_archive is not None:
-        files = await open_configured(database)
-    for month in months:
-        try:
-            archived = None
-            if files is not None:
-                write = partial(archive_month, written_before=kept_from, progress=progress)
-                archived = await _with_lock_retries(
-                    connection, partial(write, sealer, files, month)
+    """Retire the months, the oldest first, and add the results to `done`.
+
+    Raises:
+        ArchiveBusyError: Another session archives and retires months.
+    """
+    settings = database.settings
+    key = await required_key(database)
+    sealer = await Sealer.open(connection, key, settings.audit_checkpoints)
+    async with AsyncExitStack() as stack:
+        files = None
+        if settings.audit_archive is not None:
+            files = await open_configured(database)
+            await stack.enter_async_context(archive_lock(connection))
+        elif any(seal.payload().archive for seal in await fetch_retirements(connection)):
+            # A machine on which the setting is missing must not remove what others archive.
+            problem = "earlier months are in an archive: set AUDIT_ARCHIVE"
+            done.kept.update(dict.fromkeys(months, problem))
+            return
+        for month in months:
+            try:
+                archived = None
+                if files is not None:
+                    write = partial(
+                        archive_month,
+                        sealer,
+                        files,
+                        month,
+                        written_before=kept_from,
+                        progress=lambda events, total: progress(events, total and total // 2 * 3),
+                    )
+                    archived = await _with_lock_retries(connection, write)
+                retire = partial(
+                    _retire,
+                    sealer,
+                    month,
+                    kept_from,
+                    archives=files is not None,
+                    archived=archived,
+                    progress=progress,
                 )
-            retire = partial(_retire, archives=files is not None, archived=archived)
-            await _with_lock_retries(connection, partial(retire, sealer, month, kept_from))
-        except ArchiveBusyError:
-            break  # the other session retires the months
-        except CannotRetireError as reason:
-            done.kept[month] = str(reason)
-        else:
-            done.retired.append(month)
-    await sealer.finish()
+                if await _with_lock_retries(connection, retire):
+                    done.retired.append(month)
+            except CannotRetireError as reason:
+                done.kept[month] = str(reason)
+        await sealer.finish()
 
 
 async def _with_lock_retries(connection: Connection, work: Callable[[], Awaitable[T]]) -> T:
@@ -201,10 +230,12 @@ async def _retire(
     *,
     archives: bool,
     archived: ArchivedMonth | None,
-) -> None:
+    progress: Progress,
+) -> bool:
     """In one transaction, drop a month's partition and append a seal that records the removal.
 
-    If `archives` is true, the events must be in the archive, as `archived` says.
+    If `archives` is true, the events must be in the archive, as `archived` says. Return False if
+    another session has dropped the partition.
 
     Raises:
         CannotRetireError: The month has an event that is unsealed, was changed, or was written
@@ -214,16 +245,19 @@ async def _retire(
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(storage.TAKE_SEALING_LOCK)
         if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
-            return  # a concurrent call of `maintain` dropped the partition
+            return False
         await sealer.catch_up()
         found = await find_sealed_month(
             connection, month, sealer.chain.upto, written_before=kept_from
         )
         if found is not None:
             tree, past = MerkleTree(), dict[int, str]()
+            before = 2 * found.count if archives else 0  # written and read back
             async with aclosing(sealed_events(connection, found, past)) as events:
                 async for (position, _), digest in events:
                     tree.add(position, digest)
+                    if tree.count % _EVENTS_PER_REPORT == 0 or tree.count == found.count:
+                        progress(before + tree.count, before + found.count)
             # Another seal could be in place of an old seal since the chain was verified.
             await sealer.check_past(past)
             if archives and (archived is None or archived.root != tree.root):
@@ -248,3 +282,4 @@ async def _retire(
         if last != (None if found is None else found.last):
             raise CannotRetireError(NOT_SEALED)
         await connection.execute(f"DROP TABLE {partition}")
+    return True

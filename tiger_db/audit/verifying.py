@@ -75,7 +75,7 @@ async def verify(
     retirements have signed must be there unchanged, and must have exactly the retired events, as
     they were sealed. The files of a month that is not retired yet must be as `archive` writes them.
     All other files are findings. After the database, `verify` calls `progress` with the number of
-    verified archived events, and with the number of all archived events.
+    events that were read from the archive, and with the number of events in the archive.
 
     The signing keys of the seals must follow from one of the `keys`, by default from
     `AUDIT_SIGNING_KEY`. `verify` compares the seals with the given checkpoint, which must have been
@@ -128,6 +128,8 @@ async def verify(
         if archived is not None:
             result = describe_archive(files, archived)
         report.basis.append(f"archive: {result}")
+    elif verifier.unread:
+        report.basis.append(f"archive: {verifier.unread:,} events not verified, see --archive")
     return report
 
 
@@ -166,6 +168,10 @@ async def verify_export(
                 progress(done, total)
         progress(total, total)
         report = evidence.explain(verifier)
+        if verifier.unread:
+            report.basis.append(
+                f"archive: {verifier.unread:,} events are not in the export, see --archive"
+            )
         if report.seals == 0 and not evidence.checkpoints:
             raise InvalidValue(f"{path} holds no seal: export the audit trail without filters")
         return report
@@ -247,6 +253,7 @@ class TrailVerifier:
         self._report = Verification()
         self._has_archive = has_archive
         self.retirements: list[SealPayload] = []
+        self.unread = 0  # Number of retired events that are in an archive only.
         self._findings: list[tuple[int, AuditFinding]] = []  # findings with their sort keys
         self.chain = ChainVerifier(keys, self._find, checkpoints=checkpoints)
         # Events of the last added seal were created at `_created_after` or later. Events that the
@@ -319,6 +326,8 @@ class TrailVerifier:
         self._report.retired += payload.event_count
         self.retirements.append(payload)
         self._missing, gone = subtract_ranges(self._missing, payload.positions)
+        if payload.archive is not None:
+            self.unread += sum(last - first + 1 for first, last in gone)
         for position in positions_in(gone):
             self._missing_digests.pop(position, None)
         if self._has_archive and payload.archive is not None:
