@@ -32,6 +32,16 @@ SWITCHES = {
     "CREATE RULE hide AS ON INSERT TO audit_seals DO ALSO NOTHING": "audit_seals has the rule hide",
     "CREATE OR REPLACE FUNCTION refuse_audit_change() RETURNS trigger LANGUAGE plpgsql"
     " AS 'BEGIN RETURN NEW; END'": "function refuse_audit_change",
+    "ALTER TABLE audit_seals SET UNLOGGED": "audit_seals is unlogged, so that a crash empties it",
+    "ALTER TABLE audit_logs ALTER user_id SET DEFAULT 'x'": (
+        "column user_id of audit_logs has the default 'x'::text"
+    ),
+    "ALTER TABLE audit_logs ALTER created_at DROP DEFAULT": (
+        "column created_at of audit_logs has no default"
+    ),
+    "ALTER TABLE audit_seals ALTER digests SET DEFAULT ''": (
+        "column digests of audit_seals has the default"
+    ),
     "CREATE TRIGGER change BEFORE INSERT ON audit_logs FOR EACH ROW"
     " EXECUTE FUNCTION set_updated_at()": "trigger change on audit_logs is not declared",
 }

@@ -24,6 +24,7 @@ from tiger_db.audit import FindingKind
 from tiger_db.audit.event_content import _MEMBERS, CONTENT_COLUMNS
 from tiger_db.audit.storage import Connection
 from tiger_db.errors import InvalidState, SchemaMismatch
+from tiger_db.migrations import drift
 
 VICTIM = 4
 HIDE = f"position <> {VICTIM}"
@@ -282,6 +283,44 @@ async def test_a_changed_sequence_accuses_no_honest_writer(
         await audit.seal(database)
     messages = [one.message for one in (await audit.verify(database)).findings]
     assert any("audit_logs_position_seq" in message for message in messages)
+
+
+DEFAULTS = {
+    "a fixed position": "ALTER TABLE audit_logs ALTER position SET DEFAULT 2",
+    "positions that are never sealed": (
+        "CREATE SEQUENCE far START 1000000000000;"
+        "ALTER TABLE audit_logs ALTER position SET DEFAULT nextval('far')"
+    ),
+    "a sequence of another name": (
+        "ALTER SEQUENCE audit_logs_position_seq RENAME TO kept;"
+        "CREATE SEQUENCE audit_logs_position_seq OWNED BY audit_logs.position;"
+        "SELECT setval('audit_logs_position_seq', 9)"
+    ),
+    "a sequence of another schema": (
+        "CREATE SCHEMA evil; CREATE SEQUENCE evil.audit_logs_position_seq START 1000000;"
+        "ALTER TABLE audit_logs ALTER position"
+        " SET DEFAULT nextval('evil.audit_logs_position_seq')"
+    ),
+}
+
+
+@pytest.mark.parametrize("change", DEFAULTS.values(), ids=DEFAULTS)
+@pytest.mark.slow
+async def test_positions_of_another_source_are_noticed(
+    database: Database, owner: Connection, change: str
+) -> None:
+    """Events at these positions would never be sealed, and could be changed for ever."""
+    await owner.execute(change)
+    await log(database, 1)
+    expected = "column position of audit_logs has the default"
+    with pytest.raises(InvalidState, match=f"sequence of positions was changed: {expected}"):
+        await audit.seal(database)
+    messages = [one.message for one in (await audit.verify(database)).findings]
+    assert any(message.startswith(expected) for message in messages)
+    (difference,) = [line for line in await drift(database.engine) if line.startswith(expected)]
+    await owner.execute(difference.rpartition(": ")[2])
+    await audit.seal(database)
+    assert not any(line.startswith("column") for line in await drift(database.engine))
 
 
 # Forks

@@ -279,8 +279,13 @@ async def fetch_writers(connection: Connection) -> tuple[int, dict[str, int | No
 
 
 async def find_changed_sequence(connection: Connection) -> str | None:
-    """Return a description of a changed sequence of positions, with its repair, or None."""
-    query = SELECT_CHANGED_SEQUENCE.format(sequence="'audit_logs_position_seq'")
+    """Return a description of a changed sequence of positions, with its repair, or None.
+
+    The default of the column `position` belongs to the sequence.
+    """
+    query = SELECT_CHANGED_SEQUENCE.format(
+        sequence="'audit_logs_position_seq'", table="'audit_logs'"
+    )
     row = await connection.fetchrow(query)
     return None if row is None else f"{row['description']}: {row['repair']}"
 

@@ -35,6 +35,11 @@ SELECT c.oid, root.oid AS root_oid, root.relname::text AS root, c.relkind::text 
         ELSE c.oid::regclass::text END AS name, c.oid::regclass::text AS qualified,
     ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid
         AND attcollation = '"C"'::regcollation) AS by_code_point,
+    ARRAY(SELECT concat_ws(' ', quote_ident(attname),
+            CASE WHEN attgenerated <> '' THEN 'GENERATED' END, pg_get_expr(adbin, adrelid))
+        FROM pg_attrdef JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum
+        WHERE adrelid = c.oid AND attname <> 'position' ORDER BY 1) AS defaults,
+    c.relpersistence = 'u' AS unlogged,
     c.relrowsecurity AS secured, c.relforcerowsecurity AS forced,
     ARRAY(SELECT quote_ident(polname) FROM pg_policy WHERE polrelid = c.oid ORDER BY 1) AS policies,
     ARRAY(SELECT quote_ident(rulename) FROM pg_rewrite
@@ -103,7 +108,8 @@ SELECT format('session_replication_role is %s, so that triggers do not fire', se
 FROM pg_settings WHERE name = 'session_replication_role' AND setting <> 'origin'
 ORDER BY description
 """)
-# With other parameters, a session could store an event at a position that is sealed already.
+# With other parameters, a session could store an event at a position that is sealed already. With
+# another default of `position`, events could get positions that are never sealed.
 SELECT_CHANGED_SEQUENCE = """
 SELECT pg_catalog.format(
         'sequence audit_logs_position_seq has INCREMENT %s, MAXVALUE %s, CACHE %s%s', seqincrement,
@@ -112,7 +118,22 @@ SELECT pg_catalog.format(
         seqrelid::regclass) || ', and restart the processes that record events' AS repair
 FROM pg_catalog.pg_sequence WHERE seqrelid = pg_catalog.to_regclass({sequence})::oid
     AND NOT (seqincrement = 1 AND seqmax = 9223372036854775807 AND seqcache = 1 AND NOT seqcycle)
+UNION ALL
+SELECT pg_catalog.format('column position of audit_logs has %s',
+        coalesce('the default ' || pg_catalog.pg_get_expr(adbin, adrelid), 'no default')),
+    pg_catalog.format('ALTER TABLE %s ALTER position SET DEFAULT %s', attrelid::regclass, expected)
+FROM pg_catalog.pg_attribute LEFT JOIN pg_catalog.pg_attrdef
+        ON adrelid = attrelid AND adnum = attnum,
+    pg_catalog.format('nextval(''%s''::regclass)', pg_catalog.replace(
+        pg_catalog.to_regclass({sequence})::text, '''', '''''')) AS expected
+WHERE attrelid = pg_catalog.to_regclass({table})::oid AND attname = 'position'
+    AND pg_catalog.pg_get_expr(adbin, adrelid) IS DISTINCT FROM expected
 """
+# The defaults of the columns of the trail, except that of `position`.
+_TRAIL_DEFAULTS: dict[str, dict[str, str]] = {
+    "audit_logs": {"created_at": "clock_timestamp()"},
+    "audit_seals": {},
+}
 _KINDS = {
     "r": "a table",
     "p": "a partitioned table",
@@ -157,8 +178,11 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
         *(
             SchemaDifference(("audit_logs",), row.description, row.repair)
             for row in await connection.execute(
-                text(SELECT_CHANGED_SEQUENCE.format(sequence=":sequence")),
-                {"sequence": f"{schema.quoted}.audit_logs_position_seq"},
+                text(SELECT_CHANGED_SEQUENCE.format(sequence=":sequence", table=":table")),
+                {
+                    "sequence": f"{schema.quoted}.audit_logs_position_seq",
+                    "table": f"{schema.quoted}.audit_logs",
+                },
             )
         ),
         *_compare_functions(schema, functions),
@@ -245,6 +269,20 @@ def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
         ):
             repair = f'ALTER TABLE {qualified} ALTER {column.name} TYPE text COLLATE "C"'
             yield f'column {column.name} of {name} does not have the collation "C"', repair
+    if table.unlogged:
+        repair = f"ALTER TABLE {qualified} SET LOGGED"
+        yield f"{name} is unlogged, so that a crash empties it", repair
+    if table.oid == table.root_oid and table.root in _TRAIL_DEFAULTS:
+        yield from _compare_defaults(table)
+    yield from _compare_row_security(table)
+    for rule in table.rules:
+        yield f"{name} has the rule {rule}", f"DROP RULE {rule} ON {qualified}"
+    for child in table.children:  # ALTER TABLE … NO INHERIT keeps the rows of the child table
+        yield f"table {child} inherits from {name}", f"ALTER TABLE {child} NO INHERIT {qualified}"
+
+
+def _compare_row_security(table: Row[Any]) -> Iterator[tuple[str, str]]:
+    name, qualified = table.name, table.qualified
     if table.secured:
         repair = f"ALTER TABLE {qualified} DISABLE ROW LEVEL SECURITY"
         yield f"row security of {name} is enabled", repair
@@ -253,10 +291,24 @@ def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
         yield f"row security of {name} is forced", repair
     for policy in table.policies:
         yield f"{name} has the row security policy {policy}", f"DROP POLICY {policy} ON {qualified}"
-    for rule in table.rules:
-        yield f"{name} has the rule {rule}", f"DROP RULE {rule} ON {qualified}"
-    for child in table.children:  # ALTER TABLE … NO INHERIT keeps the rows of the child table
-        yield f"table {child} inherits from {name}", f"ALTER TABLE {child} NO INHERIT {qualified}"
+
+
+def _compare_defaults(table: Row[Any]) -> Iterator[tuple[str, str]]:
+    """Compare the defaults of a table of the trail, except that of the column `position`."""
+    declared = _TRAIL_DEFAULTS[table.root]
+    found = dict(default.split(" ", 1) for default in table.defaults)
+    for column in sorted({*declared, *found}):
+        default, expected = found.get(column), declared.get(column)
+        if default == expected:
+            continue
+        change = "DROP DEFAULT" if expected is None else f"SET DEFAULT {expected}"
+        if default is not None and default.startswith("GENERATED "):
+            change = "DROP EXPRESSION"
+        state = "no default" if default is None else f"the default {default}"
+        yield (
+            f"column {column} of {table.name} has {state}",
+            f"ALTER TABLE {table.qualified} ALTER {column} {change}",
+        )
 
 
 def _expected_kind(table: Row[Any]) -> str:

@@ -78,4 +78,6 @@ def _describe(difference: object) -> str:
     if not isinstance(difference, tuple):
         return str(difference)
     shown = [part for part in difference if part is not None and not isinstance(part, dict)]
-    return " ".join(str(getattr(part, "name", None) or part) for part in shown)
+    return " ".join(
+        str(getattr(part, "name", None) or getattr(part, "arg", part)) for part in shown
+    )
