@@ -157,8 +157,8 @@ ORDER BY grantee, name, privilege, "column"
 # Functions, views and rules that a role may call or write, and that have the privileges of an owner
 # of the audit trail: functions with SECURITY DEFINER, and views and rules that lead to its tables.
 # An owner is a superuser, owns objects of tiger_db, or is a member of such a role. The callers are
-# granted roles, and PUBLIC. Functions of PostgreSQL, of extensions and
-# of tiger_db, which find_differences() compares, are omitted.
+# granted roles, and PUBLIC. Functions of PostgreSQL and of extensions are omitted, and those of
+# tiger_db, which find_differences() compares.
 _DEFINERS = text(f"""
 {_OBJECTS}, owners AS (
     SELECT oid, quote_ident(rolname) AS name FROM pg_roles WHERE rolsuper OR EXISTS (
@@ -177,8 +177,8 @@ _DEFINERS = text(f"""
     SELECT CASE prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END AS type, p.oid,
         p.oid::regprocedure::text AS ident, proowner AS owner, pronamespace AS schema
     FROM pg_proc AS p WHERE prosecdef AND p.oid >= 16384
-        AND p.oid NOT IN (SELECT oid FROM objects WHERE type = 'FUNCTION') AND NOT EXISTS (SELECT FROM pg_depend
-        WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')
+        AND p.oid NOT IN (SELECT oid FROM objects WHERE type = 'FUNCTION')
+        AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')
     UNION ALL
     SELECT CASE relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END, c.oid, c.oid::regclass::text,
         relowner, relnamespace
