@@ -178,7 +178,8 @@ _DEFINERS = text(f"""
         p.oid::regprocedure::text AS ident, proowner AS owner, pronamespace AS schema
     FROM pg_proc AS p WHERE prosecdef AND p.oid >= 16384
         AND p.oid NOT IN (SELECT oid FROM objects WHERE type = 'FUNCTION')
-        AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')
+        AND ('pg_proc'::regclass, p.oid) NOT IN (
+            SELECT classid, objid FROM pg_depend WHERE deptype = 'e')
     UNION ALL
     SELECT CASE relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END, c.oid, c.oid::regclass::text,
         relowner, relnamespace
