@@ -352,7 +352,7 @@ async def test_an_event_written_after_the_archive_keeps_its_month(
 async def test_one_session_at_a_time_archives(database: Database, other: Connection) -> None:
     await put_old_months(database, other)
     async with archiving.archive_lock(other):
-        with pytest.raises(errors.DatabaseUnavailable, match="another session is writing"):
+        with pytest.raises(errors.DatabaseUnavailable, match="another session is archiving"):
             await audit.archive(database, month(14))
         assert await audit.maintain(database) == audit.Maintenance(made=0)
     assert (await audit.maintain(database)).retired == [month(14), month(13)]
@@ -379,7 +379,7 @@ async def test_no_session_replaces_files_before_their_retirement(
     monkeypatch.setattr("tiger_db.audit.retention._retire", retire_late)
     assert (await audit.maintain(database)).retired == [month(14), month(13)]
     assert (await audit.verify(database, archive=True)).findings == []
-    assert refused == ["another session is writing to the archive: try again later"] * 2
+    assert refused == ["another session is archiving or removing months: try again later"] * 2
     assert len(files_in(folder)) == 4
 
 

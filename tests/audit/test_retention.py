@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from uuid import UUID, uuid4
 
 import pytest
@@ -17,7 +18,8 @@ from tests.support.months import month, partition, put
 from tests.support.trail import stored_events
 from tests.support.waiting import WAITING_LOCKS, until
 from tiger_db import Actor, AuditAction, AuditLog, Database, Settings, acting_as, audit, crud
-from tiger_db.audit import FindingKind
+from tiger_db.audit import FindingKind, retention
+from tiger_db.audit.months import sealed_events
 from tiger_db.audit.seal_format import Seal
 from tiger_db.audit.storage import Connection
 from tiger_db.connections import connect
@@ -510,6 +512,48 @@ async def test_concurrent_maintenance_does_everything_once(
         assert len(gone) == len({*gone}) == retired
         await audit.seal(database)
         await assert_clean(database, retired=3 * retired, unsealed=0)
+
+
+@pytest.mark.slow
+async def test_sealing_goes_on_while_the_events_of_a_month_are_read(
+    database: Database, keeper: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await seal_five_months(database, other)
+    sealed: list[int] = []
+
+    async def read_slowly(*arguments: Any) -> AsyncIterator[Any]:
+        await put(other, 0, 1, minute=len(sealed) + 1)
+        sealed.append((await audit.seal(database, patience=timedelta(seconds=0.5))).rows)
+        async with aclosing(sealed_events(*arguments)) as events:
+            async for event in events:
+                yield event
+
+    monkeypatch.setattr(retention, "sealed_events", read_slowly)
+    assert (await audit.maintain(keeper)).retired == [month(ago) for ago in (15, 14, 13)]
+    assert sealed == [1, 2, 2]  # with the event of the retirement before
+    await audit.seal(database)
+    await assert_clean(database, retired=9, unsealed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("impatient")
+async def test_the_events_of_a_month_are_read_once_while_others_use_the_table(
+    database: Database, keeper: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await seal_five_months(database, other)
+    reads: list[object] = []
+
+    def count_reads(*arguments: Any) -> Any:
+        reads.append(arguments)
+        return sealed_events(*arguments)
+
+    monkeypatch.setattr(retention, "sealed_events", count_reads)
+    async with other.transaction():
+        await other.execute("LOCK TABLE audit_logs IN ACCESS SHARE MODE")
+        with pytest.raises(DatabaseUnavailable, match="audit_logs is in use by"):
+            await audit.maintain(keeper)
+    assert len(reads) == 1
+    assert (await audit.maintain(keeper)).retired == [month(ago) for ago in (15, 14, 13)]
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ _SEAL_BYTES_PER_GROUP = 8 * 2**20
 Runner: TypeAlias = Callable[..., Awaitable[Any]]  # Runs a function in another thread.
 _MONTH = re.compile(r"(?!0000)\d{4}-(0[1-9]|1[0-2])", re.ASCII)
 _ARCHIVE_LOCK_ID = lock_key(0x7469676572_02)
-TAKE_ARCHIVE_LOCK = f"SELECT pg_catalog.pg_try_advisory_lock({_ARCHIVE_LOCK_ID})"
+_TAKE_ARCHIVE_LOCK = f"SELECT pg_catalog.pg_try_advisory_lock({_ARCHIVE_LOCK_ID})"
 _RELEASE_ARCHIVE_LOCK = f"SELECT pg_catalog.pg_advisory_unlock({_ARCHIVE_LOCK_ID})"
 
 
@@ -95,7 +95,7 @@ async def archive(
         InvalidValue: `month` is not a month, or has not ended.
         ConfigurationError: `AUDIT_ARCHIVE` or `AUDIT_SIGNING_KEY` is not set, or the key is not the
             key in force, or pyarrow is not installed.
-        DatabaseUnavailable: Another session is writing to the archive.
+        DatabaseUnavailable: Another session is archiving or removing months.
         FileError: A file cannot be written or read back, or the folder `AUDIT_CHECKPOINTS` cannot
             be read or written.
         InvalidState: The events are not sealed or differ from the seals, the chain of seals is
@@ -138,8 +138,8 @@ async def archive_lock(connection: Connection) -> AsyncIterator[None]:
     Raises:
         ArchiveBusyError: Another session holds the lock.
     """
-    if not await connection.fetchval(TAKE_ARCHIVE_LOCK):
-        raise ArchiveBusyError("another session is writing to the archive: try again later")
+    if not await connection.fetchval(_TAKE_ARCHIVE_LOCK):
+        raise ArchiveBusyError("another session is archiving or removing months: try again later")
     try:
         yield
     finally:

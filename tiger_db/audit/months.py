@@ -60,7 +60,7 @@ class CannotRetireError(Exception):
 
 
 class ArchiveBusyError(CannotRetireError):
-    """Another session is writing to the archive."""
+    """Another session is archiving or removing months."""
 
 
 def partition_of(month: str) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -42,6 +42,8 @@ _RETRY_PAUSE_SECONDS = 1.0
 # Other transactions queue behind a DDL statement that waits for a table lock. The lock timeout is
 # shorter than deadlock_timeout (1 s), so that PostgreSQL aborts no writer because of a deadlock.
 _LOCK_TIMEOUT = "800ms"
+# The sealing lock blocks no writer, and is taken after all events of a month were read.
+_SEALING_LOCK_TIMEOUT = "10s"
 _PARTITION_NAME = re.compile(r"audit_logs_((?!0000)\d{4})_(0[1-9]|1[0-2])", re.ASCII)
 _SELECT_PARTITIONS = """
 SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
@@ -131,11 +133,10 @@ async def _retire_months(
     settings = database.settings
     key = await required_key(database)
     sealer = await Sealer.open(connection, key, settings.audit_checkpoints)
-    async with AsyncExitStack() as stack:
+    async with archive_lock(connection):
         files = None
         if settings.audit_archive is not None:
             files = await open_configured(database)
-            await stack.enter_async_context(archive_lock(connection))
         elif any(seal.payload().archive for seal in await fetch_retirements(connection)):
             # A machine on which the setting is missing must not remove what others archive.
             problem = "earlier months are in an archive: set AUDIT_ARCHIVE"
@@ -243,15 +244,14 @@ async def _retire(
     """
     partition, connection = partition_of(month), sealer.connection
     async with connection.transaction(isolation="read_committed"):
-        await connection.execute(storage.TAKE_SEALING_LOCK)
         if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
             return False
         await sealer.catch_up()
         found = await find_sealed_month(
             connection, month, sealer.chain.upto, written_before=kept_from
         )
+        tree, past = MerkleTree(), dict[int, str]()
         if found is not None:
-            tree, past = MerkleTree(), dict[int, str]()
             before = 2 * found.count if archives else 0  # written and read back
             async with aclosing(sealed_events(connection, found, past)) as events:
                 async for (position, _), digest in events:
@@ -264,6 +264,12 @@ async def _retire(
                 raise CannotRetireError(
                     "events were added to the month while it was archived: try again"
                 )
+        # Sealing went on while the events were read.
+        await connection.execute(f"SET LOCAL lock_timeout = '{_SEALING_LOCK_TIMEOUT}'")
+        await connection.execute(storage.TAKE_SEALING_LOCK)
+        await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'")
+        if found is not None:
+            await sealer.catch_up()
             event = AuditLog(
                 action=AuditAction.SYSTEM_AUDIT_RETIRE,
                 resource_type="audit_month",
@@ -273,13 +279,18 @@ async def _retire(
             await insert_events(connection, [attribute(event)])
             files = None if archived is None else archived.files
             await sealer.append(tree, retired=month, archive=files)
-        # LOCK TABLE takes the same locks as DROP TABLE, in the same order. While LOCK TABLE waits,
-        # a writer can still commit an unsealed event to the month.
-        await connection.execute(
-            f"LOCK TABLE ONLY audit_logs, ONLY {partition} IN ACCESS EXCLUSIVE MODE"
-        )
+        await _with_lock_retries(connection, partial(_lock_partition, connection, partition))
+        # While the lock was awaited, a writer can have committed an unsealed event to the month.
         last = await connection.fetchval(f"SELECT max(position) FROM {partition}")  # noqa: S608  # from _SELECT_PARTITIONS
         if last != (None if found is None else found.last):
             raise CannotRetireError(NOT_SEALED)
         await connection.execute(f"DROP TABLE {partition}")
     return True
+
+
+async def _lock_partition(connection: Connection, partition: str) -> None:
+    """Take the locks that DROP TABLE takes, in the same order, or none of them."""
+    async with connection.transaction():
+        await connection.execute(
+            f"LOCK TABLE ONLY audit_logs, ONLY {partition} IN ACCESS EXCLUSIVE MODE"
+        )
