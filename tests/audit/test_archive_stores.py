@@ -18,7 +18,7 @@ from tiger_db.errors import FileError
 
 pytestmark = pytest.mark.slow
 CASES = None if os.environ.get("TIGER_DB_SOAK") else 1  # requests that fail, in each way
-WAYS = ("error", "unanswered", "cut")
+WAYS = ("error", "unanswered", "cut", "other")
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,15 @@ from importlib import import_module
 from typing import Any
 
 BUCKET = "archive"
+_PAGE = b"<html><body>Welcome</body></html>"
 _FAILURES = {"down": 10**9, "changed": 10**9, "repeated": 3}  # Number of requests that fail.
 
 
 class Store:
     """A server of S3. `fails` lets a request fail.
 
-    error: The store answers 500. unanswered: The store does its work, but the answer is lost, so
+    error: The store answers 500. other: The store does nothing, and answers 200 with another body, as
+    the page of a proxy. unanswered: The store does its work, but the answer is lost, so
     that the client asks twice. cut: Half of the answer arrives. repeated: This request and its two
     repetitions fail. down: This and all later requests fail. changed: The store answers as always,
     but from now on keeps other bytes than those that it receives.
@@ -53,6 +55,9 @@ class Store:
         if how in ("error", "down", "repeated"):
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return []
+        if how == "other":
+            start_response("200 OK", [("Content-Length", str(len(_PAGE)))])
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [_PAGE]
         # The client sends content in chunks, without its length.
         if how == "changed" and "HTTP_TRANSFER_ENCODING" in environ:
             body = bytearray(environ["wsgi.input"].read())
