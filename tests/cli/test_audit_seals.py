@@ -12,6 +12,7 @@ from tests.support.cli_events import log
 from tests.support.command_line import CommandLine, Result
 from tests.support.months import month, put
 from tests.support.sql import run_sql
+from tests.support.terminal import Terminal
 from tiger_db import Settings
 from tiger_db.connections import connect
 from tiger_db.signing import parse_public_key, parse_signing_key, public_pem, public_text
@@ -81,6 +82,18 @@ def test_events_are_sealed_and_verified(sealed: CommandLine, clone_settings: Set
     warned = sealed.ok("verify-audit")
     assert "15 3 clock went back the event at position 15" in " ".join(warned.out.split())
     assert "1 warning: see the table" in warned.err
+
+
+@pytest.mark.slow
+def test_sealing_shows_its_progress_on_a_terminal(
+    sealed: CommandLine, clone_settings: Settings, terminal: Terminal
+) -> None:
+    log(clone_settings, *[{}] * 3)
+    with terminal.program(sealed, "seal-audit") as program:
+        assert terminal.end(program) == 0
+    before, _, result = terminal.seen.partition("sealed 3 events in 1 seal")
+    assert "3 events" in before
+    assert result
 
 
 @pytest.mark.slow

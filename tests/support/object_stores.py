@@ -18,11 +18,11 @@ _FAILURES = {"down": 10**9, "changed": 10**9, "repeated": 3}  # Number of reques
 class Store:
     """A server of S3. `fails` lets a request fail.
 
-    error: The store answers 500. other: The store does nothing, and answers 200 with another body, as
-    the page of a proxy. unanswered: The store does its work, but the answer is lost, so
-    that the client asks twice. cut: Half of the answer arrives. repeated: This request and its two
-    repetitions fail. down: This and all later requests fail. changed: The store answers as always,
-    but from now on keeps other bytes than those that it receives.
+    error: The store answers 500. other: The store does nothing, and answers 200 with a page, as a
+    proxy does. unanswered: The store does its work, but the answer is lost, so that the client asks
+    twice. cut: Half of the answer arrives. repeated: This request and its two repetitions fail.
+    down: This and all later requests fail. changed: The store answers as always, but from now on
+    keeps other bytes than those that it receives.
     """
 
     def __init__(self) -> None:

@@ -89,7 +89,12 @@ def seal_audit(
                 if restore is None
                 else f"{restore}; {output.count_of(restore.kept, 'event')} can be sealed again"
             )
-        return await tiger_db.audit.seal(database, patience=wait)
+        with output.progress("Sealing") as update:
+
+            def progress(events: int, _total: int | None) -> None:
+                update(description=output.count_of(events, "event"))
+
+            return await tiger_db.audit.seal(database, patience=wait, progress=progress)
 
     result = runtime.with_database(seal)
     if result.verified:
