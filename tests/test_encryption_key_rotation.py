@@ -275,7 +275,7 @@ async def test_a_concurrent_change_wins(using: Using) -> None:
             (row,) = await encryption_key_rotation._outdated_rows(
                 session, mapper, [], UUID(int=0), 10
             )
-            change = encryption_key_rotation._reencrypt(K2, mapper, row)
+            change = encryption_key_rotation._reencrypt(K2, mapper, row, set())
             assert change is not None
         async with old.session() as session:
             await accounts.update(session, account.id, refresh_token="newer")

@@ -138,7 +138,10 @@ async def rotate(
     for mapper in encrypted_entities():
         async with database.session() as session:
             provider = _required_provider(session)
-            found = await find_unnormalized_secrets(session, mapper, provider)
+            # A sweep decrypts the other rows, and normalizes their secrets too.
+            found = await find_unnormalized_secrets(
+                session, mapper, provider, key_id=provider.key_ids[0]
+            )
         wait = False
         while True:
             sweep = _Sweep(database, mapper, {*found.normalizable}, wait=wait)
@@ -181,9 +184,16 @@ async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKey
 
 @forgets_locals
 async def find_unnormalized_secrets(
-    session: AsyncSession, mapper: Mapper[Any], provider: KeyProvider
+    session: AsyncSession,
+    mapper: Mapper[Any],
+    provider: KeyProvider,
+    *,
+    key_id: str | None = None,
 ) -> UnnormalizedSecrets:
-    """Find the rows of a table that contain a secret that is not normalized."""
+    """Find the rows of a table that contain a secret that is not normalized.
+
+    If `key_id` is given, only secrets that are encrypted with this key are read.
+    """
     found, table = UnnormalizedSecrets(), _table_of(mapper)
     for name, type_ in encrypted_columns(mapper):
         if type_.normalize is None:
@@ -191,6 +201,8 @@ async def find_unnormalized_secrets(
         secret = type_coerce(table.c[name], LargeBinary)
         page = select(table.c.id, secret, *_bound_columns(mapper))
         page = page.where(secret.is_not(None)).order_by(table.c.id)
+        if key_id is not None:
+            page = page.where(_header(table.c[name]) == ciphertext_header(key_id))
         after = UUID(int=0)
         while rows := (
             await session.execute(page.where(table.c.id > after).limit(BATCH_ROWS))
@@ -249,7 +261,8 @@ class _Sweep:
 
     database: Database
     mapper: Mapper[Any]
-    unnormalized: Collection[UUID]  # ids of the rows to normalize
+    # Ids of the rows to normalize. The sweep adds the ids of other rows that it normalizes.
+    unnormalized: set[UUID]
     wait: bool
     rotated: int = 0
     skipped: int = 0  # number of rows that were locked or changed concurrently
@@ -282,8 +295,8 @@ class _Sweep:
             rows = await _outdated_rows(session, self.mapper, self.unnormalized, after, limit)
             for row in rows:
                 try:
-                    provider, normalize = _required_provider(session), row.id in self.unnormalized
-                    if change := _reencrypt(provider, self.mapper, row, normalize=normalize):
+                    provider = _required_provider(session)
+                    if change := _reencrypt(provider, self.mapper, row, self.unnormalized):
                         changes.append(change)
                 except EncryptionError:
                     self.stuck += 1
@@ -343,9 +356,13 @@ async def _outdated_rows(
 
 @forgets_locals
 def _reencrypt(
-    provider: KeyProvider, mapper: Mapper[Any], row: Row[Any], *, normalize: bool = False
+    provider: KeyProvider, mapper: Mapper[Any], row: Row[Any], unnormalized: set[UUID]
 ) -> dict[str, object] | None:
     """Return the old and the new ciphertexts of a row, as SQL parameters for `_write`.
+
+    The secrets that need a new ciphertext are normalized. If the id of the row is in
+    `unnormalized`, the other secrets are normalized too. If a secret was not normalized, the id of
+    the row is added to `unnormalized`.
 
     Return None if no secret of the row needs a new ciphertext, for example because another session
     has changed the row.
@@ -353,7 +370,7 @@ def _reencrypt(
     Raises:
         EncryptionError: a secret of the row cannot be decrypted.
     """
-    first = provider.key_ids[0]
+    first, normalize = provider.key_ids[0], row.id in unnormalized
     current, row_id = ciphertext_header(first), str(row.id)
     change: dict[str, object] = {"id": row.id}
     columns = encrypted_columns(mapper)
@@ -363,13 +380,18 @@ def _reencrypt(
         change[f"old_{name}"] = change[f"new_{name}"] = ciphertext
         if type_.fingerprint:
             change[type_.fingerprint] = None
-        normal_form = type_.normalize if normalize else None
-        if ciphertext is None or (ciphertext.startswith(current) and normal_form is None):
+        if ciphertext is None:
+            continue
+        is_current = ciphertext.startswith(current)
+        normal_form = type_.normalize if normalize or not is_current else None
+        if is_current and normal_form is None:
             continue
         aad = aad_of(mapper, name, row_id)
         plain = decrypt(provider, ciphertext, aad, bound=bound)
         normal = plain if normal_form is None else _normalized(plain, normal_form)
-        if normal == plain and ciphertext.startswith(current):
+        if normal != plain:
+            unnormalized.add(row.id)
+        elif is_current:
             continue
         change[f"new_{name}"] = encrypt(provider, normal, aad, bound)
         if type_.fingerprint:
