@@ -12,6 +12,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime, timedelta, tzinfo
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from pydantic import SecretStr
 from tests.support.trail import fetch_seals, insert_seal, log, log_seals, with_signing_key
 from tests.support.waiting import WAITING_LOCKS, until
 from tiger_db import AuditAction, Database, Settings, audit, crud
-from tiger_db.audit import FindingKind, Seal
+from tiger_db.audit import FindingKind, Seal, storage
 from tiger_db.audit.checkpoints import newest_checkpoint
 from tiger_db.audit.storage import TAKE_SEALING_LOCK, Connection
 from tiger_db.errors import (
@@ -422,6 +423,31 @@ async def test_locks_are_waited_for_no_longer_than_patience(
     waiting = f"SELECT count(*) FROM {WAITING_LOCKS}"
     assert await owner.fetchval(waiting) == 0
     assert (await audit.seal(database)).rows == 1
+
+
+async def export(database: Database) -> None:
+    assert [line async for line in audit.export(database)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use", [audit.verify, export])
+async def test_readers_do_not_wait_for_ever(
+    database: Database,
+    owner: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    use: Callable[[Database], Awaitable[object]],
+) -> None:
+    impatient = partial(storage.open_connection, patience=timedelta(seconds=0.3))
+    monkeypatch.setattr("tiger_db.audit.storage.open_connection", impatient)
+    await log(database)
+    transaction = owner.transaction()
+    await transaction.start()
+    await lock_events(owner)
+    holder = f"waited for 0.3 s for a lock that process {owner.get_server_pid()} "
+    with pytest.raises(DatabaseUnavailable, match=holder):
+        await use(database)
+    await transaction.rollback()
+    await use(database)
 
 
 @pytest.mark.slow

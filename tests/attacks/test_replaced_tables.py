@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import factories
+from tests.support.roles import connected_as, granted
 from tests.support.trail import (
     DROP_CHECKS,
     exported,
@@ -25,6 +26,7 @@ from tiger_db.audit.event_content import _MEMBERS, CONTENT_COLUMNS
 from tiger_db.audit.storage import Connection
 from tiger_db.errors import InvalidState, SchemaMismatch
 from tiger_db.migrations import drift
+from tiger_db.models import RoleKind
 
 VICTIM = 4
 HIDE = f"position <> {VICTIM}"
@@ -267,6 +269,39 @@ async def test_a_trigger_that_changes_the_session_misleads_no_sealer(
     await audit.seal(database)
     found = await audit.verify(database)
     assert (found.findings, found.rows, found.unsealed) == ([], 15, 0)
+
+
+# What an owner of the database can set for other roles.
+ROLE_SETTINGS = [
+    "TimeZone = 'Asia/Kathmandu'", "DateStyle = 'SQL, DMY'", "bytea_output = escape",
+    "extra_float_digits = -15", "standard_conforming_strings = off", "transform_null_equals = on",
+    "quote_all_identifiers = on", "default_transaction_isolation = serializable",
+    "default_transaction_deferrable = on", "statement_timeout = '1ms'", "lock_timeout = '1ms'",
+    "client_encoding = LATIN1", "search_path = pg_temp, evil", "constraint_exclusion = on",
+    "plan_cache_mode = force_generic_plan", "xmloption = document", "array_nulls = off",
+    "enable_seqscan = off", "enable_partition_pruning = off", "check_function_bodies = off",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+async def test_settings_of_roles_change_no_proof(
+    database: Database, settings: Settings, owner: Connection
+) -> None:
+    async with (
+        granted(settings, RoleKind.SEALER) as sealer,
+        granted(settings, RoleKind.AUDITOR) as auditor,
+    ):
+        for setting in ROLE_SETTINGS:
+            await owner.execute(f"ALTER ROLE {sealer} SET {setting}")
+            await owner.execute(f"ALTER ROLE {auditor} SET {setting}")
+        before = await exported(database)
+        await log(database, 2)
+        async with Database(connected_as(settings, sealer)) as other:
+            assert (await audit.seal(other)).rows == 2
+        async with Database(connected_as(settings, auditor)) as other:
+            found = await audit.verify(other)
+            assert (found.findings, found.warnings, found.rows) == ([], [], 11)
+            assert (await exported(other))[: len(before)] == before
 
 
 # Sequences

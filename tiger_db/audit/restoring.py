@@ -6,7 +6,8 @@ from datetime import timedelta
 from tiger_db.actor import attribute
 from tiger_db.audit import storage
 from tiger_db.audit.chain import describe_lost_seals
-from tiger_db.audit.sealing import DEFAULT_PATIENCE, open_sealer
+from tiger_db.audit.sealing import open_sealer
+from tiger_db.audit.storage import DEFAULT_PATIENCE
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, InvalidState
 from tiger_db.models import AuditAction, AuditLog

@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-import asyncpg
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tiger_db.actor import attribute
 from tiger_db.audit import storage
 from tiger_db.audit.seal_format import MerkleTree, digest_of
 from tiger_db.audit.sealer import Sealer, check_clocks, required_key
+from tiger_db.audit.storage import DEFAULT_PATIENCE
 from tiger_db.database import Database
-from tiger_db.errors import DatabaseUnavailable, InvalidState, InvalidValue
+from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import AuditAction, AuditLog
 from tiger_db.models.audit_logs import insert_events
 from tiger_db.public import Progress, no_progress, public
@@ -23,7 +23,6 @@ from tiger_db.signing import public_text
 
 EVENTS_PER_SEAL = 10_000  # maximum number of events that one seal covers
 _WRITERS_POLL_SECONDS = 0.02
-DEFAULT_PATIENCE = timedelta(seconds=10)
 # `repair_sequence` ignores higher positions, which a statement of an attacker has set.
 _MAX_UNSEALED_POSITIONS = 10**9
 _SELECT_LAST_USED_POSITION = f"""
@@ -109,19 +108,11 @@ async def open_sealer(
 ) -> AsyncIterator[Sealer]:
     """Open a sealer whose connection waits for each lock at most for the duration `patience`."""
     key = await required_key(database)
-    async with storage.open_connection(database) as connection:
-        milliseconds = max(1, round(patience.total_seconds() * 1000))
-        await connection.execute(f"SET lock_timeout = {min(milliseconds, 2**31 - 1)}")
-        try:
-            database_time = await storage.fetch_clock(connection)
-            check_clocks(database_time, datetime.now(UTC), "nothing is sealed")
-            folder = database.settings.audit_checkpoints
-            yield await Sealer.open(connection, key, folder, after_restore=after_restore)
-        except asyncpg.LockNotAvailableError:
-            holders = await storage.describe_lock_holders(connection)
-            raise DatabaseUnavailable(
-                f"sealing waited for {patience.total_seconds():g} s for a lock that {holders} holds"
-            ) from None
+    async with storage.open_connection(database, patience=patience) as connection:
+        database_time = await storage.fetch_clock(connection)
+        check_clocks(database_time, datetime.now(UTC), "nothing is sealed")
+        folder = database.settings.audit_checkpoints
+        yield await Sealer.open(connection, key, folder, after_restore=after_restore)
 
 
 async def seal_next(sealer: Sealer, upto: int, closed_at: str | None) -> int | None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 from uuid import UUID
 
@@ -14,13 +14,14 @@ from tiger_db.audit.event_content import CONTENT_COLUMNS, Event, render_events
 from tiger_db.audit.seal_format import Seal
 from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
-from tiger_db.errors import InvalidValue, SchemaMismatch
+from tiger_db.errors import DatabaseUnavailable, InvalidValue, SchemaMismatch
 from tiger_db.migrations.comparison import SELECT_CHANGED_SEQUENCE, find_differences
 from tiger_db.migrations.grants import find_definers
 from tiger_db.migrations.locks import DESCRIBE_SESSION, lock_key
 from tiger_db.out_of_band import asyncpg_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+DEFAULT_PATIENCE = timedelta(seconds=10)
 _EVENTS_PER_QUERY = 10_000  # Approximate number of events that PostgreSQL sorts at once.
 _PREFETCHED_SEALS = 50
 _EVENT_COLUMNS = ", ".join(("position", *CONTENT_COLUMNS))
@@ -31,6 +32,8 @@ SESSION_SETTINGS = (
     "TimeZone = 'UTC'",
     "DateStyle = 'ISO'",
     "row_security = off",
+    # Defaults of columns are printed without quotes, as `find_changed_sequence` expects them.
+    "quote_all_identifiers = off",
     # Each query sorts about 10,000 events: in memory, and without parallel workers.
     "work_mem = '16MB'",
     "max_parallel_workers_per_gather = 0",
@@ -99,13 +102,17 @@ ORDER BY attnum
 
 
 @contextlib.asynccontextmanager
-async def open_connection(database: Database) -> AsyncIterator[Connection]:
+async def open_connection(
+    database: Database, *, patience: timedelta = DEFAULT_PATIENCE
+) -> AsyncIterator[Connection]:
     """Open a database connection without a statement timeout.
 
-    If row security would hide rows of the audit trail, queries on this connection fail.
+    The connection waits for each lock at most for the duration `patience`. If row security would
+    hide rows of the audit trail, queries on this connection fail.
 
     Raises:
-        DatabaseUnavailable: The database cannot be reached, or the connection was lost.
+        DatabaseUnavailable: The database cannot be reached, or the connection was lost, or another
+            session held a lock for longer than `patience`.
         SchemaMismatch: The database schema does not match this tiger_db release. See
             `Database.check`. A view or another relation takes the place of a table of the audit
             trail.
@@ -116,8 +123,16 @@ async def open_connection(database: Database) -> AsyncIterator[Connection]:
         asyncpg_connection(engine) as connection,
     ):
         await connection.execute("".join(f"SET {setting};" for setting in SESSION_SETTINGS))
+        milliseconds = max(1, round(patience.total_seconds() * 1000))
+        await connection.execute(f"SET lock_timeout = {min(milliseconds, 2**31 - 1)}")
         await check_tables(connection)
-        yield connection
+        try:
+            yield connection
+        except asyncpg.LockNotAvailableError:
+            holders = await describe_lock_holders(connection)
+            raise DatabaseUnavailable(
+                f"waited for {patience.total_seconds():g} s for a lock that {holders} holds"
+            ) from None
 
 
 async def check_tables(connection: Connection) -> None:

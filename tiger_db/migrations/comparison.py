@@ -36,7 +36,7 @@ SELECT c.oid, root.oid AS root_oid, root.relname::text AS root, c.relkind::text 
     ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid
         AND attcollation = '"C"'::regcollation) AS by_code_point,
     ARRAY(SELECT concat_ws(' ', quote_ident(attname),
-            CASE WHEN attgenerated <> '' THEN 'GENERATED' END, pg_get_expr(adbin, adrelid))
+            CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'GENERATED' END)
         FROM pg_attrdef JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum
         WHERE adrelid = c.oid AND attname <> 'position' ORDER BY 1) AS defaults,
     c.relpersistence = 'u' AS unlogged,
@@ -120,14 +120,17 @@ FROM pg_catalog.pg_sequence WHERE seqrelid = pg_catalog.to_regclass({sequence}):
     AND NOT (seqincrement = 1 AND seqmax = 9223372036854775807 AND seqcache = 1 AND NOT seqcycle)
 UNION ALL
 SELECT pg_catalog.format('column position of audit_logs has %s',
-        coalesce('the default ' || pg_catalog.pg_get_expr(adbin, adrelid), 'no default')),
+        coalesce('the default ' || found, 'no default')),
     pg_catalog.format('ALTER TABLE %s ALTER position SET DEFAULT %s', attrelid::regclass, expected)
 FROM pg_catalog.pg_attribute LEFT JOIN pg_catalog.pg_attrdef
-        ON adrelid = attrelid AND adnum = attnum,
+        ON adrelid = attrelid AND adnum = attnum
+    -- With the id of a table, pg_get_expr() would wait for locks on the table.
+    CROSS JOIN LATERAL (SELECT CASE WHEN attgenerated = '' THEN pg_catalog.pg_get_expr(adbin, 0)
+        ELSE 'GENERATED' END AS found) AS f,
     pg_catalog.format('nextval(''%s''::regclass)', pg_catalog.replace(
         pg_catalog.to_regclass({sequence})::text, '''', '''''')) AS expected
 WHERE attrelid = pg_catalog.to_regclass({table})::oid AND attname = 'position'
-    AND pg_catalog.pg_get_expr(adbin, adrelid) IS DISTINCT FROM expected
+    AND found IS DISTINCT FROM expected
 """
 # The defaults of the columns of the trail, except that of `position`.
 _TRAIL_DEFAULTS: dict[str, dict[str, str]] = {
@@ -154,7 +157,8 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
 
     `find_differences` also finds row security, rules, and objects and settings that change the
     effect of tiger_db's SQL, such as casts. The database must be at the head revision.
-    `find_differences` sets the search path of the current transaction to pg_catalog.
+    `find_differences` sets the search path of the current transaction to pg_catalog, and waits for
+    no lock on a table.
     """
     # If the setting quote_all_identifiers were on, PostgreSQL would print additional quotes.
     await connection.execute(SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
@@ -302,7 +306,7 @@ def _compare_defaults(table: Row[Any]) -> Iterator[tuple[str, str]]:
         if default == expected:
             continue
         change = "DROP DEFAULT" if expected is None else f"SET DEFAULT {expected}"
-        if default is not None and default.startswith("GENERATED "):
+        if default == "GENERATED":
             change = "DROP EXPRESSION"
         state = "no default" if default is None else f"the default {default}"
         yield (
