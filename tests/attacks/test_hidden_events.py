@@ -79,6 +79,29 @@ async def test_weakened_protection_is_a_finding_and_sealing_goes_on(
     assert results["triggers and functions"] != "ok"
 
 
+@pytest.mark.slow
+async def test_events_that_are_never_sealed_are_noticed(
+    database: Database, owner: Connection
+) -> None:
+    """The owner could change them for ever."""
+
+    async def unsealed_events() -> str:
+        results = await doctor.run(database.settings)
+        (seen,) = [result.seen for result in results if result.check == "unsealed events"]
+        return seen
+
+    assert await unsealed_events() == "none"
+    await owner.execute(
+        "INSERT INTO audit_logs (id, position, action, result, severity)"
+        " VALUES (gen_random_uuid(), 1000000, 'a:b', 'success', 'low')"
+    )
+    assert (await audit.seal(database)).rows == 0
+    expected = "events at positions that the sequence has not assigned: 1"
+    assert await unsealed_events() == expected
+    await log_seals(database, 1)
+    assert await unsealed_events() == expected
+
+
 async def seal(database: Database) -> None:
     await audit.seal(database)
 

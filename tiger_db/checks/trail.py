@@ -15,11 +15,15 @@ from tiger_db.settings import Settings
 UNSEALED_SECONDS = (HOUR, DAY)
 
 # The column `age` is the age in seconds of the oldest audit event in the first 1,000 unsealed
-# positions. For the column `age`, PostgreSQL reads the index ix_audit_logs_position.
+# positions. The column `beyond` is the number of events at positions that the sequence has not
+# assigned yet. PostgreSQL reads the index ix_audit_logs_position for both: it expects few rows of a
+# range with two bounds.
 UNSEALED_EVENTS = """
 SELECT taken - upto AS events, seals, extract(epoch FROM clock_timestamp() - (
     SELECT min(created_at) FROM audit_logs WHERE position > upto AND position <= upto + 1000
-))::float AS age
+))::float AS age, (
+    SELECT count(*) FROM audit_logs WHERE position > taken AND position <= 9223372036854775807
+) AS beyond
 FROM (SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS taken FROM audit_logs_position_seq)
     AS t,
     (SELECT coalesce(max((statement::json ->> 'upto')::bigint), 0) AS upto, count(*) AS seals
@@ -44,6 +48,12 @@ async def check_unsealed(connection: AsyncConnection) -> Outcome:
             "problem",
             f"the sequence of positions is {-row.events:,} behind the newest seal",
             "run `tiger-db seal-audit --repair-sequence`",
+        )
+    if row.beyond:  # an event gets its position from the sequence before it is visible
+        return Outcome(
+            "problem",
+            f"events at positions that the sequence has not assigned: {row.beyond:,}",
+            "find out who has set the positions: `tiger-db seal-audit` does not seal these events",
         )
     if row.age is None:
         return Outcome("ok", "none")
