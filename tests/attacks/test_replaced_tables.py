@@ -165,6 +165,10 @@ async def test_a_column_of_another_kind_hides_no_change(
     await owner.execute(replace)
     before = [one for one in (await audit.verify(database)).findings if one.position]
     assert before == []
+    if name.startswith("generated"):
+        lines = await drift(database.engine)
+        assert "modify_default audit_logs user_id shown" in "\n".join(lines)
+        assert any(line.startswith("column user_id of audit_logs has the") for line in lines)
     await owner.execute(change)
     after = [one for one in (await audit.verify(database)).findings if one.position]
     assert [(one.kind, one.position) for one in after] == [(FindingKind.CHANGED, VICTIM)]

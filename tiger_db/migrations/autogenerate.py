@@ -12,11 +12,20 @@ from typing import Any, Literal
 
 from alembic.autogenerate.api import AutogenContext
 from alembic.operations import Operations
-from alembic.operations.ops import ExecuteSQLOp, MigrationScript, UpgradeOps
+from alembic.operations.ops import AlterColumnOp, ExecuteSQLOp, MigrationScript, UpgradeOps
 from alembic.runtime.migration import MigrationContext
 from alembic.runtime.plugins import Plugin
 from alembic.util import DispatchPriority, PriorityDispatchResult
-from sqlalchemy import Enum, ForeignKeyConstraint, Index, text
+from sqlalchemy import (
+    Column,
+    Computed,
+    DefaultClause,
+    Enum,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    text,
+)
 from sqlalchemy.types import TypeDecorator
 
 from tiger_db.migrations.alembic_scripts import history
@@ -100,24 +109,29 @@ def _labels(labels: Iterable[str]) -> str:
     return ", ".join("'" + label.replace("'", "''") + "'" for label in labels)
 
 
-def compare_server_default(
-    _context: object,
-    _inspected_column: object,
-    _metadata_column: object,
-    inspected_default: str | None,
-    _metadata_default: object,
-    rendered_metadata_default: str | None,
-) -> bool | None:
-    """Compare column defaults that call nextval() by their texts, not by their values.
+def _compare_server_default(
+    _context: AutogenContext,
+    operation: AlterColumnOp,
+    _schema: str | None,
+    _table: str,
+    _column: str,
+    found: Column[Any],
+    declared: Column[Any],
+) -> PriorityDispatchResult:
+    """Report generated columns, and compare column defaults that call nextval() by their texts.
 
-    Each call of nextval() returns a new value.
-
-    For column defaults without nextval(), return None: Alembic then compares the values of the
-    defaults.
+    Alembic compares the values of other defaults. Each call of nextval() returns a new value.
     """
-    if inspected_default and inspected_default.startswith("nextval("):
-        return inspected_default != rendered_metadata_default
-    return None
+    default, expected = found.server_default, declared.server_default
+    if isinstance(default, DefaultClause):
+        if not str(default.arg).startswith("nextval("):
+            return PriorityDispatchResult.CONTINUE
+        if isinstance(expected, DefaultClause) and str(default.arg) == str(expected.arg):
+            return PriorityDispatchResult.STOP
+    elif not isinstance(default, Computed | Identity):
+        return PriorityDispatchResult.CONTINUE
+    operation.modify_server_default = expected
+    return PriorityDispatchResult.STOP
 
 
 class SchemaOp(ExecuteSQLOp):
@@ -218,6 +232,9 @@ def _keep_own_operations(
 
 
 _PLUGIN = Plugin("tiger_db")
+_PLUGIN.add_autogenerate_comparator(
+    _compare_server_default, "column", "server_default", priority=DispatchPriority.FIRST
+)
 for _compare in (_compare_triggers, _compare_enums):
     _PLUGIN.add_autogenerate_comparator(
         _compare, "schema", _compare.__name__, priority=DispatchPriority.LAST
@@ -230,7 +247,7 @@ OPTIONS: dict[str, Any] = {
     "include_object": include_object,
     "render_item": _render_item,
     "compare_type": True,
-    "compare_server_default": compare_server_default,
+    "compare_server_default": True,
     "process_revision_directives": _keep_own_operations,
     "transaction_per_migration": True,
     "autogenerate_plugins": [

@@ -80,6 +80,9 @@ def _describe(difference: object) -> str:
     if not isinstance(difference, tuple):
         return str(difference)
     shown = [part for part in difference if part is not None and not isinstance(part, dict)]
-    return " ".join(
-        str(getattr(part, "name", None) or getattr(part, "arg", part)) for part in shown
-    )
+    return " ".join(str(getattr(part, "name", None) or _default_of(part)) for part in shown)
+
+
+def _default_of(part: object) -> object:
+    """Return the expression of a default or of a generated column, or anything else unchanged."""
+    return getattr(part, "arg", getattr(part, "sqltext", part))
