@@ -1,5 +1,6 @@
 """Months that leave PostgreSQL as Parquet files in a folder."""
 
+import gc
 import json
 import os
 import sys
@@ -264,6 +265,29 @@ async def test_an_event_of_a_month_that_left_leaves_again(
 
 
 # Failures
+
+
+@pytest.mark.slow
+async def test_a_writer_whose_file_has_ended_takes_no_memory(
+    database: Database, other: Connection, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer keeps the metadata of all row groups, which is more than a megabyte in a file."""
+    from pyarrow import parquet  # noqa: PLC0415  # an extra
+
+    await put_old_months(database, other)
+    monkeypatch.setattr(archiving, "ROWS_PER_GROUP", 1)
+    monkeypatch.setattr(archiving, "ROWS_PER_FILE", 1)
+    finish = archiving._MonthWriter.finish
+    writers: list[int] = []
+
+    def count_writers(writer: archiving._MonthWriter) -> object:
+        writers.append(sum(isinstance(one, parquet.ParquetWriter) for one in gc.get_objects()))
+        return finish(writer)
+
+    monkeypatch.setattr(archiving._MonthWriter, "finish", count_writers)
+    await audit.archive(database, month(14))
+    assert len(files_in(folder)) == 4
+    assert writers == [1]  # of the file of seals
 
 
 @pytest.mark.slow

@@ -349,7 +349,7 @@ class ParquetFile:
         stream = self._stack.enter_context(archive.write(self.unfinished))
         is_events = "content" in schema.names
         filters = ("tiger_account_id", "api_key_id")
-        self._writer = parquet.ParquetWriter(
+        self._writer: Any = parquet.ParquetWriter(
             _HashingStream(stream, self._hash.update),
             schema,
             compression="zstd",
@@ -375,8 +375,11 @@ class ParquetFile:
         self.rows += len(rows)
 
     def close(self) -> None:
+        """Write the end of the file, and release the memory of the writer."""
+        writer, self._writer = self._writer, None
         with self._stack, archive_errors(self.unfinished):
-            self._writer.close()
+            if writer is not None:
+                writer.close()
 
 
 class _HashingStream:
