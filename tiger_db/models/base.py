@@ -33,7 +33,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import instance_state, set_attribute, set_committed_value
 from sqlalchemy.types import TypeEngine
 
-from tiger_db.decoding import Unreadable, report_unreadable
+from tiger_db.decoding import report_unreadable
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import InvalidFields
 from tiger_db.models.columns import Json, Timestamp, is_native_enum, metadata, sql_type
@@ -411,13 +411,6 @@ def _bind_secrets(mapper: Mapper[Entity], cls: type[Entity]) -> None:
 
     event.listen(cls, "load", load, raw=True, propagate=True)
     event.listen(cls, "refresh", refresh, propagate=True)
-
-
-@event.listens_for(Entity, "load", raw=True, propagate=True)
-@event.listens_for(Entity, "refresh", raw=True, propagate=True)
-def _report_unreadable(state: InstanceState[Entity], *_: object) -> None:
-    if Unreadable.exists:
-        report_unreadable(state.class_.__tablename__, state.dict)
 
 
 # Functions that create entities from raw rows of asyncpg without the ORM loader
