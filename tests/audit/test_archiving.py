@@ -26,7 +26,7 @@ from tests.support.archives import (
     retire_two_months,
 )
 from tests.support.months import month, partition, put
-from tests.support.trail import FIELDS, fetch_seals, insert_seal, stored_events
+from tests.support.trail import FIELDS, exported, fetch_seals, insert_seal, stored_events
 from tiger_db import Database, audit, crud, errors
 from tiger_db.audit import archive_files, archiving
 from tiger_db.audit.event_content import CONTENT_COLUMNS
@@ -409,7 +409,7 @@ async def test_no_session_replaces_files_before_their_retirement(
 
 @pytest.mark.slow
 async def test_a_machine_without_the_setting_removes_no_month(
-    database: Database, other: Connection
+    database: Database, other: Connection, tmp_path: Path
 ) -> None:
     await retire_two_months(database, other)
     await put(other, 15)
@@ -423,6 +423,16 @@ async def test_a_machine_without_the_setting_removes_no_month(
         found = await audit.verify(without)
         assert (found.findings, found.retired) == ([], 6)
         assert found.basis[-1] == "archive: 6 events not verified, see --archive"
+    key = await database.signing_key()
+    assert key is not None
+    for archive, basis in (
+        (False, "archive: 6 events are not in the export, see export-events --archive"),
+        (True, "checkpoint given: none"),
+    ):
+        lines = await exported(database, archive=archive)
+        (tmp_path / "trail.jsonl").write_text("".join(lines))
+        found = await audit.verify_export(tmp_path / "trail.jsonl", keys=[key.public_key()])
+        assert (found.findings, found.basis[-1]) == ([], basis)
     assert (await audit.maintain(database)).retired == [month(15)]
     assert (await audit.verify(database, archive=True)).archived == 9
 

@@ -170,7 +170,8 @@ async def verify_export(
         report = evidence.explain(verifier)
         if verifier.unread:
             report.basis.append(
-                f"archive: {verifier.unread:,} events are not in the export, see --archive"
+                f"archive: {verifier.unread:,} events are not in the export,"
+                " see export-events --archive"
             )
         if report.seals == 0 and not evidence.checkpoints:
             raise InvalidValue(f"{path} holds no seal: export the audit trail without filters")
