@@ -171,12 +171,17 @@ async def _connect_to_first(
             if not done and not untried:
                 untried.extend(a for a in addresses if a not in attempts.values())
     finally:
+        # No `await` here: a second cancellation would lose the connection that is returned.
         for task in attempts:
             task.cancel()
-        for result in await asyncio.gather(*attempts, return_exceptions=True):
-            if isinstance(result, asyncpg.Connection):
-                result.terminate()
+            task.add_done_callback(_discard)
     raise ConnectionError("; ".join(reasons[address] for address in addresses))
+
+
+def _discard(attempt: "asyncio.Task[asyncpg.Connection[asyncpg.Record]]") -> None:
+    """Close the connection of an attempt that is not needed any more."""
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().terminate()
 
 
 @forgets_locals
