@@ -224,6 +224,18 @@ def test_any_value_becomes_json(given_: object, kept: object, note: str | None) 
     assert notes(event) == ({} if note is None else {"tags.t": note, "tags.a.0": note})
 
 
+def test_an_item_without_a_length_keeps_the_other_items() -> None:
+    class Unsized(UserList[int]):
+        """As an array of NumPy without dimensions."""
+
+        def __len__(self) -> int:
+            raise TypeError("len() of unsized object")
+
+    tags: Any = made(AuditLog, tags={"a": [1, Unsized([2]), ("password", HIDDEN)]}).tags
+    first, _, last = tags["a"]
+    assert (first, last) == (1, ["password", MASK])
+
+
 def test_an_array_is_cut_like_a_list() -> None:
     for given_ in (np.arange(10_001), deque(range(10_001)), range(10**12)):
         event = made(AuditLog, tags={"a": given_})

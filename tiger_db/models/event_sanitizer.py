@@ -279,11 +279,16 @@ class _Sanitizer:
         for index, item in enumerate(value):
             if self.is_full(path):
                 break
-            match item:
-                # In a pair such as `('password', 'abc')`, the second item is masked, because the
-                # pair can come from `dict.items()`.
-                case [str(name), secret] if is_secret_name(name) and not _is_harmless(name, secret):
-                    item = [name, MASK]  # noqa: PLW2901  # the secret must not be converted
+            # The pattern calls methods of an unknown object. For example, an array of NumPy without
+            # dimensions has no length.
+            with suppress(Exception):
+                match item:
+                    # In a pair such as `('password', 'abc')`, the second item is masked, because
+                    # the pair can come from `dict.items()`.
+                    case [str(name), secret] if is_secret_name(name) and not _is_harmless(
+                        name, secret
+                    ):
+                        item = [name, MASK]  # noqa: PLW2901  # the secret must not be converted
             result.append(self.json(item, (path, str(index)), depth + 1))
         return result
 
