@@ -46,11 +46,13 @@ def fetch(connection: Connection, query: str, values: tuple[object, ...]) -> Seq
     """Execute constant SQL in the transaction of a connection, and return the rows as sequences.
 
     The query is logged, traced and reported as any statement of SQLAlchemy, and its errors are
-    those of SQLAlchemy. If the queries of the engine are logged or traced, SQLAlchemy executes the
-    query.
+    those of SQLAlchemy. If the queries of the engine are logged or traced, or if the connection has
+    no active transaction, which SQLAlchemy then begins or refuses, SQLAlchemy executes the query.
     """
     report: Report | None = connection.get_execution_options().get(REPORT)
-    if report is None or _is_traced(connection):
+    transaction = connection.get_nested_transaction() or connection.get_transaction()
+    is_active = transaction is not None and transaction.is_active
+    if report is None or not is_active or _is_traced(connection):
         return connection.exec_driver_sql(query, values).all()
     cursor: Any = connection.connection.cursor()
     dialect: Any = connection.dialect

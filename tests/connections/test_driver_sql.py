@@ -114,6 +114,20 @@ async def test_a_statement_is_prepared_again_after_a_change_of_the_schema(
         assert await names(session) == ["a"]
 
 
+async def test_a_statement_after_the_end_of_an_outer_transaction_begins_another(
+    database: Database,
+) -> None:
+    async with database.engine.connect() as connection:
+        outer = await connection.begin()
+        session = AsyncSession(connection, info=database.info)
+        await session.connection()
+        await outer.rollback()  # the session does not know
+        await fetch_rows(session, _ADD, 1, "a")
+        await connection.commit()
+    async with database.session() as session:
+        assert await names(session) == ["a"]
+
+
 @pytest.mark.slow
 async def test_a_slow_statement_is_logged_once(
     database: Database, caplog: pytest.LogCaptureFixture
