@@ -10,7 +10,7 @@ from sqlalchemy.orm import object_session
 from tests.support import factories
 from tests.support.tiger_files import PK8
 from tiger_db import APIKeyScope, Database, TigerAccount, TokenStatus, crud
-from tiger_db.crud.common import execute_driver_sql
+from tiger_db.crud.common import fetch_rows
 from tiger_db.database import AsyncSession
 from tiger_db.models.base import Entity, hydrate, merge_row, row_expression
 from tiger_db.models.secrets import key_provider
@@ -35,7 +35,7 @@ FULL_KEY = {
 async def values_of(session: AsyncSession, row: Entity) -> Any:
     name = row.__tablename__
     statement = f"SELECT {row_expression(type(row), 't')} FROM {name} t WHERE id = $1"
-    ((values,),) = await execute_driver_sql(session, statement, row.id)
+    ((values,),) = await fetch_rows(session, statement, row.id)
     return values
 
 

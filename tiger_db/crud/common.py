@@ -6,7 +6,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Row, select
+from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, class_mapper, selectinload
@@ -73,28 +73,10 @@ async def fetch_all(session: AsyncSession, statement: TypedReturnsRows[E_]) -> l
     return rows
 
 
-async def execute_driver_sql(
-    session: AsyncSession, statement: str, *values: object
-) -> Sequence[Row[Any]]:
-    """Flush the session, execute constant SQL without SQLAlchemy's compiler, and return the rows.
-
-    Raises:
-        AlreadyExists, MissingReference, InvalidValue: the SQL statement violates a constraint.
-    """
-
-    def run(sync_session: Session) -> Sequence[Row[Any]]:
-        sync_session.flush()
-        return sync_session.connection().exec_driver_sql(statement, values).all()
-
-    with typed_errors():
-        # One call of run_sync() for all three steps of run() is faster than one call per step.
-        return await session.run_sync(run)
-
-
 async def fetch_rows(session: AsyncSession, query: str, *values: object) -> Sequence[Any]:
-    """Execute constant SQL as `execute_driver_sql` does, and return the rows as plain sequences.
+    """Flush the session, execute constant SQL on the driver's cursor, and return the rows.
 
-    `fetch_rows` takes a third less processor time than `execute_driver_sql`.
+    The rows are plain sequences: their columns have no names.
 
     Raises:
         AlreadyExists, MissingReference, InvalidValue: the SQL statement violates a constraint.
@@ -105,6 +87,7 @@ async def fetch_rows(session: AsyncSession, query: str, *values: object) -> Sequ
         return fetch(sync_session.connection(), query, values)
 
     with typed_errors():
+        # One call of run_sync() for all three steps of run() is faster than one call per step.
         return await session.run_sync(run)
 
 

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tiger_db.actor import actor_in_force
 from tiger_db.crud.audit_logs.recording import log_event
-from tiger_db.crud.common import actor_of, execute_driver_sql, refuse_readonly, replace_unstorable
+from tiger_db.crud.common import actor_of, fetch_rows, refuse_readonly, replace_unstorable
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AuditAction, AuditSeverity
 from tiger_db.public import public
@@ -63,9 +61,9 @@ async def pause(session: AsyncSession, *, reason: str) -> TradingPause:
     shown = redact_aggressively(replace_unstorable(reason))[:_MAX_REASON_LENGTH]
     actor = actor_in_force(actor_of(session.info))
     paused_by = actor.user_id or actor.user_type
-    rows = await execute_driver_sql(session, _PAUSE, shown, paused_by)
-    current = _pause_of(rows[0])
-    if rows[0].is_new:
+    ((*columns, is_new),) = await fetch_rows(session, _PAUSE, shown, paused_by)
+    current = TradingPause(*columns)
+    if is_new:
         await log_event(
             session,
             action=AuditAction.TRADING_PAUSE,
@@ -88,10 +86,10 @@ async def resume(session: AsyncSession, *, reason: str | None = None) -> Trading
     refuse_readonly(session)
     if reason is not None:
         _check_reason(reason)
-    rows = await execute_driver_sql(session, _RESUME)
+    rows = await fetch_rows(session, _RESUME)
     if not rows:
         return None
-    ended = _pause_of(rows[0])
+    ended = TradingPause(*rows[0])
     await log_event(
         session,
         action=AuditAction.TRADING_RESUME,
@@ -105,18 +103,14 @@ async def resume(session: AsyncSession, *, reason: str | None = None) -> Trading
 @public
 async def current_pause(session: AsyncSession) -> TradingPause | None:
     """Return the current pause of trading, or None. A replica can return stale data."""
-    rows = await execute_driver_sql(session, _CURRENT)
-    return _pause_of(rows[0]) if rows else None
+    rows = await fetch_rows(session, _CURRENT)
+    return TradingPause(*rows[0]) if rows else None
 
 
 @public
 async def is_paused(session: AsyncSession) -> bool:
     """Return whether trading is paused. A replica can return stale data."""
     return await current_pause(session) is not None
-
-
-def _pause_of(row: Row[Any]) -> TradingPause:
-    return TradingPause(row.reason, row.paused_at, row.paused_by)
 
 
 def _check_reason(reason: str) -> None:

@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tiger_db.crud.api_keys.policy import KeyPermissions
-from tiger_db.crud.common import execute_driver_sql
+from tiger_db.crud.common import fetch_rows
 from tiger_db.errors import NotFound, RateLimited
 from tiger_db.public import public
 
@@ -103,10 +103,9 @@ class KeyLimits:
 
 # If the database's clock steps back, the row of api_key_limits keeps the later hour and day.
 _LIMITS = """
-SELECT k.rate_limit_per_hour AS per_hour, k.rate_limit_per_day AS per_day,
-    greatest(l.hour, this.hour) AS hour, greatest(l.day, this.day) AS day,
-    CASE WHEN l.hour >= this.hour THEN l.hour_count ELSE 0 END AS hour_count,
-    CASE WHEN l.day >= this.day THEN l.day_count ELSE 0 END AS day_count
+SELECT k.rate_limit_per_hour, CASE WHEN l.hour >= this.hour THEN l.hour_count ELSE 0 END,
+    greatest(l.hour, this.hour), k.rate_limit_per_day,
+    CASE WHEN l.day >= this.day THEN l.day_count ELSE 0 END, greatest(l.day, this.day)
 FROM (
     SELECT date_trunc('hour', now, 'UTC') AS hour, date_trunc('day', now, 'UTC') AS day
     FROM clock_timestamp() AS now
@@ -126,13 +125,13 @@ async def limits(session: AsyncSession, key_id: UUID) -> KeyLimits:
     Raises:
         NotFound: no API key has the id `key_id`.
     """
-    rows = await execute_driver_sql(session, _LIMITS, key_id)
+    rows = await fetch_rows(session, _LIMITS, key_id)
     if not rows:
         raise NotFound(f"there is no APIKey {key_id}")
-    (row,) = rows
+    per_hour, hour_count, hour, per_day, day_count, day = rows[0]
     return KeyLimits(
-        hour=_limit(row.per_hour, row.hour_count, row.hour, timedelta(hours=1)),
-        day=_limit(row.per_day, row.day_count, row.day, timedelta(days=1)),
+        hour=_limit(per_hour, hour_count, hour, timedelta(hours=1)),
+        day=_limit(per_day, day_count, day, timedelta(days=1)),
     )
 
 

@@ -20,7 +20,7 @@ from tiger_db.crud.api_key_codes import (
 )
 from tiger_db.crud.api_keys.hashing import peppers_of
 from tiger_db.crud.audit_logs.recording import api_key_event, log_events
-from tiger_db.crud.common import execute_driver_sql, fetch_all
+from tiger_db.crud.common import fetch_all, fetch_rows
 from tiger_db.models import APIKey, APIKeyStatus, AuditAction
 from tiger_db.models.base import readable_rules
 from tiger_db.peppers import Peppers
@@ -76,7 +76,7 @@ async def sign(session: AsyncSession, keys: Iterable[APIKey]) -> list[APIKey]:
         if _is_unsigned(peppers, row) and encode_row(signed_values(row)) == confirmed[row.id]
     ]
     codes = [compute_code(peppers, signed_values(row)) for row in signed]
-    await execute_driver_sql(session, _WRITE_CODES, [row.id for row in signed], codes)
+    await fetch_rows(session, _WRITE_CODES, [row.id for row in signed], codes)
     events = [
         api_key_event(
             row.id,

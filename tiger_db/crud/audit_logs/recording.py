@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any, Protocol, Required, TypedDict, Unpack, runtime_checkable
+from typing import NamedTuple, Protocol, Required, TypedDict, Unpack, runtime_checkable
 from uuid import UUID
 
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 from sqlalchemy.event import listens_for
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper, make_transient_to_detached, object_session
@@ -332,7 +332,16 @@ def api_key_event(
     return build_event(**fields)
 
 
-def refresh_event(refresh: TokenStatus | Row[Any], **fields: Unpack[EventFields]) -> AuditLog:
+class RefreshRow(NamedTuple):
+    """The columns of a refresh that its audit events have."""
+
+    id: UUID
+    tiger_account_id: UUID
+    status: str
+    trigger: str
+
+
+def refresh_event(refresh: TokenStatus | RefreshRow, **fields: Unpack[EventFields]) -> AuditLog:
     """Build an audit event about a token refresh, given as an entity or as a row."""
     fields |= {"resource_type": "token_status", "resource_id": str(refresh.id)}
     fields["tiger_account_id"] = refresh.tiger_account_id

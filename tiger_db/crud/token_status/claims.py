@@ -8,7 +8,7 @@ from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.attributes import set_committed_value
 
-from tiger_db.crud.common import execute_driver_sql, get_or_raise
+from tiger_db.crud.common import fetch_rows, get_or_raise
 from tiger_db.crud.pagination import check_limit
 from tiger_db.crud.token_status.outcomes import (
     ANSWER_LOST,
@@ -118,8 +118,7 @@ async def _claim(
     _check_lease(lease)
     provider = key_provider(session.sync_session)
     claims = []
-    rows = await execute_driver_sql(session, CLAIM % due, worker, lease, ids)
-    for refresh, account in map(tuple, rows):
+    for refresh, account in await fetch_rows(session, CLAIM % due, worker, lease, ids):
         claim = hydrate(TokenStatus, refresh, provider)
         set_committed_value(claim, "tiger_account", hydrate(TigerAccount, account, provider))
         claims.append(claim)

@@ -21,8 +21,8 @@ from tiger_db.crud.change_events import apply_change
 from tiger_db.crud.common import (
     actor_of,
     context_of,
-    execute_driver_sql,
     fetch_one,
+    fetch_rows,
     get_or_raise,
     replace_unstorable,
 )
@@ -131,7 +131,7 @@ WITH attempt AS (%s), refresh AS (
     FROM refresh WHERE a.id = refresh.tiger_account_id AND refresh.status = 'failed'
     RETURNING a.id, a.error_count, a.failing_until
 )
-SELECT refresh.*, account.error_count, account.failing_until
+SELECT refresh.id, tiger_account_id, status, trigger, error_count, failing_until
 FROM refresh LEFT JOIN account ON account.id = refresh.tiger_account_id
 """  # noqa: S608  # constants
 IS_LAST_ATTEMPT = "t.retry_count >= greatest(t.max_retries, 1) - 1"
@@ -253,7 +253,7 @@ async def _complete(
     expires_at = account.check_not_stale(access_token, expires_at)
     old, encrypted = account.readable_token(), account.access_token
     actor = actor_in_force(actor_of(session.info))
-    rows = await execute_driver_sql(
+    rows = await fetch_rows(
         session,
         COMPLETE,
         claim.id,
@@ -432,7 +432,7 @@ async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] =
 
 async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -> int:
     context = context_of(session.info)
-    ended = await execute_driver_sql(
+    rows = await fetch_rows(
         session,
         _FAIL_UNKNOWN % attempts,
         MAX_BACKOFF,
@@ -442,25 +442,25 @@ async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -
     )
     events = [
         recording.refresh_event(
-            refresh,
+            recording.RefreshRow(*refresh),
             action=_EVENT,
             result=AuditResult.FAILURE,
             error_code=AnswerLost.__name__,
             error_message=UNKNOWN_OUTCOME,
         )
-        for refresh in ended
+        for *refresh, _, _ in rows
     ] + [
         recording.account_error_event(
-            refresh.tiger_account_id,
+            account_id,
             UNKNOWN_OUTCOME,
-            error_count=refresh.error_count,
-            failing_until=refresh.failing_until,
+            error_count=error_count,
+            failing_until=failing_until,
         )
-        for refresh in ended
-        if refresh.error_count is not None
+        for _, account_id, _, _, error_count, failing_until in rows
+        if error_count is not None
     ]
     await recording.log_events(session, events)
-    return len(ended)
+    return len(rows)
 
 
 @public
