@@ -163,6 +163,22 @@ async def test_a_standby_is_promoted_while_a_silent_host_is_waited_for(
     await watching.close()
 
 
+async def test_a_host_that_closes_each_connection_does_not_block_the_next_one(
+    cluster: Cluster,
+) -> None:
+    """Such as a proxy whose server is down."""
+    async with await asyncio.start_server(lambda _, writer: writer.close(), LOOPBACK, 0) as proxy:
+        closing = Server(cluster.primary.data, proxy.sockets[0].getsockname()[1])
+        connection = await connect(cluster.settings(closing, cluster.primary))
+        assert await connection.fetchval("SELECT inet_server_port()") == cluster.primary.port
+        await connection.close()
+        reason = (
+            f"{closing.location}: the server closed the connection; {cluster.standby.location}: "
+        )
+        with pytest.raises(DatabaseUnavailable, match=reason):
+            await connect(cluster.settings(closing, cluster.standby))
+
+
 async def test_all_hosts_that_refuse_are_named(cluster: Cluster, silent: Server) -> None:
     settings = cluster.settings(cluster.standby, silent)
     with pytest.raises(DatabaseUnavailable) as caught:

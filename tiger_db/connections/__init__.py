@@ -44,7 +44,12 @@ from tiger_db.sqlstates import (
 from tiger_db.tracebacks import forgets_locals
 
 # If a connection fails with one of _HOST_ERRORS, a connection to the next host can succeed.
-_HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
+_HOST_ERRORS = (
+    *CONNECTION_ERRORS,
+    TimeoutError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.ConnectionDoesNotExistError,  # for example, a proxy whose server is down
+)
 _NEXT_HOST_SECONDS = 0.25  # the "Connection Attempt Delay" of RFC 8305
 # A server, or a pooler, that does not support a session parameter refuses the connection.
 _PARAMETER_ERRORS = (

@@ -19,6 +19,8 @@ def reason(error: BaseException) -> str:
         return f"TLS failed: {error.reason.lower().replace('_', ' ')}"
     if _lacks_tls(error):
         return "the server offers no TLS"
+    if isinstance(error, asyncpg.ConnectionDoesNotExistError):
+        return "the server closed the connection"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -60,7 +62,8 @@ def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one 
             return "check DB_SSL_MODE, DB_SSL_CA, DB_SSL_CERT and DB_SSL_KEY"
         case _ if _lacks_tls(cause):
             return "enable TLS on the server, or check DB_SSL_MODE"
-        case OSError():  # TimeoutError is a subclass of OSError
+        # TimeoutError is a subclass of OSError.
+        case OSError() | asyncpg.ConnectionDoesNotExistError():
             return "is the server running? Check DATABASE_URL, or DB_HOST and DB_PORT"
     return None  # The message of a missing database already contains advice.
 
