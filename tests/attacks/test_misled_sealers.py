@@ -307,7 +307,9 @@ async def test_a_missing_folder_is_named(database: Database, folder: Path) -> No
     clear(folder)
     await asyncio.to_thread(folder.rmdir)
     for use in (audit.seal, audit.verify):
-        with pytest.raises(TigerDBError, match=f"No such file or directory: {folder}"):
+        with pytest.raises(
+            TigerDBError, match=f"AUDIT_CHECKPOINTS: {folder}: No such file or directory"
+        ):
             await use(database)
 
 
@@ -437,6 +439,7 @@ async def test_readers_do_not_wait_for_ever(
     monkeypatch: pytest.MonkeyPatch,
     use: Callable[[Database], Awaitable[object]],
 ) -> None:
+    # The usual patience is 10 s.
     impatient = partial(storage.open_connection, patience=timedelta(seconds=0.3))
     monkeypatch.setattr("tiger_db.audit.storage.open_connection", impatient)
     await log(database)

@@ -36,7 +36,9 @@ def test_a_missing_or_malformed_signing_key_is_an_error(
 ) -> None:
     log(clone_settings, {})
     for command in ("print-audit-public-key", "seal-audit"):
-        assert "AUDIT_SIGNING_KEY is not set: make a key with" in cli.fails(command)
+        assert "AUDIT_SIGNING_KEY is not set: set it to the key of this audit trail" in cli.fails(
+            command
+        )
     assert "give a public key (`--public-key`)" in cli.fails("verify-audit")
     for key in ("hunter2", "A" * 40, "A" * 44 + "!"):
         reason = cli.fails("seal-audit", AUDIT_SIGNING_KEY=key)

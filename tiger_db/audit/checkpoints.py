@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
-from tiger_db.errors import AlreadyExists, InvalidState, InvalidValue
+from tiger_db.errors import AlreadyExists, FileError, InvalidState, InvalidValue
 from tiger_db.files import file_errors, write_private
 from tiger_db.public import public
 
@@ -53,9 +53,11 @@ def checkpoint_numbers(folder: Path) -> list[int]:
     Raises:
         FileError: The folder cannot be read.
     """
-    with file_errors():
+    try:
         names = map(_NAME.fullmatch, os.listdir(folder))  # noqa: PTH208  # names are enough
         return [int(name[1]) for name in names if name]
+    except OSError as error:
+        raise FileError(f"AUDIT_CHECKPOINTS: {folder}: {error.strerror}") from None
 
 
 def load_checkpoint(folder: Path, number: int) -> Seal:

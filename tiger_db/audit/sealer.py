@@ -272,6 +272,7 @@ async def required_key(database: Database) -> Ed25519PrivateKey:
     key = await database.signing_key()
     if key is None:
         raise ConfigurationError(
-            "AUDIT_SIGNING_KEY is not set: make a key with `tiger-db generate-audit-signing-key`"
+            "AUDIT_SIGNING_KEY is not set: set it to the key of this audit trail, or for a new"
+            " trail, make a key with `tiger-db generate-audit-signing-key`"
         )
     return key

@@ -52,7 +52,10 @@ def peppers_of(info: Mapping[Any, object]) -> Peppers:
     """
     peppers = context_of(info).peppers
     if peppers is None:
-        raise ConfigurationError("API_KEY_PEPPERS is not set, but API keys need a pepper")
+        raise ConfigurationError(
+            "API_KEY_PEPPERS is not set: set it to the peppers of this database, or for a new one,"
+            " make a pepper with `tiger-db generate-api-key-pepper`"
+        )
     return peppers
 
 
