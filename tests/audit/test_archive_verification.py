@@ -171,6 +171,7 @@ async def test_the_progress_counts_each_event_of_the_archive(
     await other.fetchval("SELECT make_audit_months(0)")
     await audit.seal(database)
     await audit.archive(database, month(2))
+    # Otherwise, only 10,000 events would have an intermediate report.
     monkeypatch.setattr(archive_unretired, "_EVENTS_PER_REPORT", 1)
     told: list[tuple[int, int | None]] = []
     await audit.verify(database, archive=True, progress=lambda *each: told.append(each))
@@ -183,6 +184,7 @@ async def test_a_full_folder_of_temporary_files_accuses_nobody(
 ) -> None:
     with full_disk(), pytest.raises(FileError, match=r"^a temporary file .* too large: make"):
         await audit.verify(database, archive=True)
+    # `tempfile` reads TMPDIR only once in a process.
     monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
     with pytest.raises(FileError, match=r"^a temporary file .*: No such file .* set TMPDIR"):
         await exported(database, archive=True)

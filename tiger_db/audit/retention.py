@@ -146,6 +146,8 @@ async def _retire_months(
             try:
                 archived = None
                 if files is not None:
+                    # `archive_month` writes the events and reads them back. `_retire` reads them
+                    # a third time.
                     write = partial(
                         archive_month,
                         sealer,
