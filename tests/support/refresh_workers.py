@@ -54,11 +54,14 @@ class Gate:
 
 
 def failing(*errors: Exception) -> Refresher:
-    """Return a refresher that raises these errors in turn."""
+    """Return a refresher that raises these errors in turn, and the last of them again.
+
+    The random backoff can be so short that the next attempt is due in the same run.
+    """
     left = list(errors)
 
     async def fail(_: TigerAccount) -> NewToken:
-        raise left.pop(0)
+        raise left.pop(0) if len(left) > 1 else left[0]
 
     return fail
 
